@@ -1,0 +1,63 @@
+"""What this node lacks for migrations, each finding with its remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from midstream_agent.contract import agent_pb2 as pb
+from midstream_agent.node import Node
+
+CAP_NET_ADMIN, CAP_SYS_ADMIN, CAP_SYS_PTRACE, CAP_BPF = 12, 21, 19, 39
+
+
+def _finding(check: str, good: bool, message: str, remedy: str, severity: str = "error") -> pb.Finding:
+    return pb.Finding(check=check, severity="ok" if good else severity, message=message, remedy="" if good else remedy)
+
+
+async def examine(node: Node) -> list[pb.Finding]:
+    """All checks of this node, in the order in which a migration would meet them."""
+    return [*capabilities(), await _holds(node), conntrack_loose(), *mptcp(), *_addresses(node)]
+
+
+def capabilities(status: Path = Path("/proc/self/status")) -> list[pb.Finding]:
+    line = next(x for x in status.read_text(encoding="ascii").splitlines() if x.startswith("CapEff:"))
+    have = int(line.split()[1], 16)
+    wanted = {
+        "CAP_NET_ADMIN": (CAP_NET_ADMIN, "TCP_REPAIR, addresses, TC"),
+        "CAP_SYS_ADMIN": (CAP_SYS_ADMIN, "entering pods' network namespaces"),
+        "CAP_SYS_PTRACE": (CAP_SYS_PTRACE, "reading /proc/PID/root of pods"),
+        "CAP_BPF": (CAP_BPF, "the hold's maps"),
+    }
+    return [
+        _finding(name.lower(), bool(have >> bit & 1), f"{name}: {why}", f"add {name} to the agent's securityContext")
+        for name, (bit, why) in wanted.items()
+    ]
+
+
+async def _holds(node: Node) -> pb.Finding:
+    where = node.settings.bpffs
+    there = (where / "ms_flows").exists()
+    return _finding("bpf", there, f"hold programs under {where}", "run: python -m midstream_agent.hold load")
+
+
+def conntrack_loose(path: Path = Path("/proc/sys/net/netfilter/nf_conntrack_tcp_loose")) -> pb.Finding:
+    """With loose=0 a restored flow is dead at the target (measured), so it is an error, not a warning."""
+    if not path.exists():
+        return _finding("conntrack", True, "no connection tracking in this namespace", "")
+    loose = path.read_text(encoding="ascii").strip() == "1"
+    text = "nf_conntrack_tcp_loose: mid-stream flows are picked up"
+    return _finding("conntrack", loose, text, "sysctl -w net.netfilter.nf_conntrack_tcp_loose=1")
+
+
+def mptcp(path: Path = Path("/proc/sys/net/mptcp/enabled")) -> list[pb.Finding]:
+    if not path.exists() or path.read_text(encoding="ascii").strip() == "0":
+        return []
+    text = "MPTCP is enabled: listeners of Go >= 1.24 use it and cannot be migrated"
+    remedy = "GODEBUG=multipathtcp=0 in pods written in Go, or sysctl net.mptcp.enabled=0"
+    return [_finding("mptcp", False, text, remedy, "warning")]
+
+
+def _addresses(node: Node) -> list[pb.Finding]:
+    nic = node.settings.nic
+    both = bool(nic.gateway_v4 or nic.gateway_v6)
+    return [_finding("nic", both, f"{nic.name} carries floating IPs", "give --nic-gateway-v4 or --nic-gateway-v6")]

@@ -1,0 +1,63 @@
+"""Named places at which a test can make the agent die, fail, hang or wait.
+
+Every step of the saga passes `point("<side>.<STEP>.<do|undo>.<before|after>")`. The environment arms them:
+
+    MIDSTREAM_FAILPOINTS="source.EXPORT.do.before=kill,target.RESTORE.do.after=error"
+
+Actions: `kill` (SIGKILL to this process), `error` (a retryable failure), `hang` (wait until cancelled),
+`delay:<ms>`. A failpoint fires once, unless its action ends in `*`. Before it acts it appends its name to
+the file $MIDSTREAM_FAILPOINT_LOG, so that a test can assert where it killed. Nothing is armed by default.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+
+from midstream_runtime.contract.errors import Retryable
+
+_armed: dict[str, str] = {}
+
+
+def arm(spec: str) -> None:
+    """Arm failpoints from a comma-separated list of name=action."""
+    for item in filter(None, (part.strip() for part in spec.split(","))):
+        name, _, action = item.partition("=")
+        if action.rstrip("*").split(":")[0] not in ("kill", "error", "hang", "delay"):
+            raise ValueError(f"failpoint {item!r}: the action must be kill, error, hang or delay:<ms>")
+        _armed[name] = action
+
+
+def names() -> list[str]:
+    return sorted(_armed)
+
+
+async def point(name: str) -> None:
+    """Act on the failpoint `name` if it is armed."""
+    action = _armed.get(name)
+    if action is None:
+        return
+    if not action.endswith("*"):
+        del _armed[name]
+    _log(name)
+    kind, _, value = action.rstrip("*").partition(":")
+    if kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "error":
+        raise Retryable("failpoint", f"failpoint {name} made this step fail")
+    if kind == "hang":
+        await asyncio.Event().wait()
+    await asyncio.sleep(float(value) / 1000)
+
+
+def _log(name: str) -> None:
+    path = os.environ.get("MIDSTREAM_FAILPOINT_LOG")
+    if path:
+        with open(path, "a", encoding="ascii") as log:
+            log.write(name + "\n")
+            log.flush()
+            os.fsync(log.fileno())
+
+
+arm(os.environ.get("MIDSTREAM_FAILPOINTS", ""))

@@ -1,0 +1,156 @@
+"""The agent's end of the handoff: asks a pod for its sockets and state, and gives them back.
+
+One connection a job and pod. Requests are answered in order, one at a time; a lock keeps it so when the saga
+and a status question meet. What the pod sends is hostile until checked: sizes before allocation, kinds, counts
+of fds. Every fd that arrives is owned by the caller or closed here.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import os
+import socket
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+from midstream_runtime.contract import handoff as wire
+from midstream_runtime.contract.errors import Final, Retryable, error_from
+
+_SPACE = socket.CMSG_SPACE(wire.MAX_FDS_PER_FRAME * array.array("i").itemsize)
+
+
+@dataclass(slots=True)
+class Answer:
+    """A whole reply: header of its last frame, payload, fds in order (owned by whoever takes them)."""
+
+    header: dict[str, Any]
+    payload: bytes = b""
+    fds: list[int] = field(default_factory=list)
+
+    def close(self) -> None:
+        for fd in self.fds:
+            os.close(fd)
+        self.fds = []
+
+    def take_fds(self, count: int | None = None) -> list[int]:
+        """Hand the fds over; Final("handoff_fds") when the pod sent another number than `count`."""
+        if count is not None and len(self.fds) != count:
+            got = len(self.fds)
+            self.close()
+            raise Final("handoff_fds", f"the pod sent {got} sockets where {count} were expected")
+        fds, self.fds = self.fds, []
+        return fds
+
+
+class HandoffClient:
+    """A connected handoff socket."""
+
+    def __init__(self, sock: socket.socket, timeout_s: float) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._timeout_s = timeout_s
+        self._lock = asyncio.Lock()
+        self._next_id = 0
+        self._buffer = bytearray()
+        self._fds: list[int] = []
+        self._broken = False
+
+    async def __aenter__(self) -> HandoffClient:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for fd in self._fds:
+            os.close(fd)
+        self._fds = []
+        self._sock.close()
+
+    async def ask(
+        self, kind: str, fields: dict[str, Any] | None = None, payload: bytes = b"", timeout_s: float | None = None
+    ) -> Answer:
+        """Send one request and return its reply; an error reply is raised as what it says."""
+        async with self._lock:
+            if self._broken:
+                raise Retryable("handoff_closed", "the connection to the pod broke in an earlier request")
+            self._next_id += 1
+            header = {"kind": kind, "id": self._next_id, **(fields or {})}
+            self._broken = True  # until the reply was read whole, the stream is in an unknown place
+            try:
+                async with asyncio.timeout(timeout_s or self._timeout_s):
+                    await self._send(wire.encode(header, payload))
+                    answer = await self._receive(self._next_id)
+            except TimeoutError as e:
+                raise Retryable("handoff_timeout", f"the pod did not answer {kind!r} in time") from e
+            except OSError as e:
+                raise Retryable("handoff_closed", f"the pod closed the handoff during {kind!r}: {e}") from e
+            self._broken = False
+        if answer.header.get("kind") == "error":
+            answer.close()
+            raise error_from(answer.header)
+        return answer
+
+    async def _send(self, data: bytes) -> None:
+        try:
+            sent = self._sock.send(data)
+        except BlockingIOError:
+            sent = 0
+        if sent < len(data):
+            await asyncio.get_running_loop().sock_sendall(self._sock, memoryview(data)[sent:])
+
+    async def _receive(self, wanted: int) -> Answer:
+        whole = Answer({})
+        try:
+            while True:
+                header, payload, fds = await self._frame()
+                whole.header, whole.fds = header, whole.fds + fds
+                whole.payload += payload
+                if header.get("id") != wanted:
+                    raise Final("handoff_protocol", "the pod answered another request than the one asked")
+                if not header.get("more"):
+                    return whole
+        except BaseException:
+            whole.close()
+            raise
+
+    async def _frame(self) -> tuple[dict[str, Any], bytes, list[int]]:
+        while (need := wire.missing(self._buffer)) > 0:
+            await self._read(need)
+        header, payload, used = wire.decode(self._buffer)
+        del self._buffer[:used]
+        count = header.get("fds", 0)
+        if not isinstance(count, int) or not 0 <= count <= len(self._fds):
+            raise Final("handoff_fds", f"the pod announced {count!r} sockets and sent {len(self._fds)}")
+        fds, self._fds = self._fds[:count], self._fds[count:]
+        return header, payload, fds
+
+    async def _read(self, need: int) -> None:
+        while True:
+            try:
+                data, ancillary, flags, _ = self._sock.recvmsg(max(need, 1 << 16), _SPACE, socket.MSG_CMSG_CLOEXEC)
+                break
+            except BlockingIOError:
+                await _readable(self._sock)
+        for level, kind, body in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                fds = array.array("i")
+                fds.frombytes(body[: len(body) - len(body) % fds.itemsize])
+                self._fds.extend(fds)
+        if flags & socket.MSG_CTRUNC:
+            raise Final("handoff_fds", "the pod sent more sockets in a message than the protocol allows")
+        if not data:
+            raise ConnectionResetError("end of stream")
+        self._buffer += data
+
+
+async def _readable(sock: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    ready: asyncio.Future[None] = loop.create_future()
+    loop.add_reader(sock.fileno(), lambda: ready.done() or ready.set_result(None))
+    try:
+        await ready
+    finally:
+        loop.remove_reader(sock.fileno())

@@ -1,0 +1,224 @@
+"""The jobs of one agent as a source: started, followed, aborted, taken up again after a restart."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+from midstream_runtime.contract.errors import Final, MidstreamError
+
+from midstream_agent import pods, saga, source
+from midstream_agent.contract import agent_pb2 as pb
+from midstream_agent.journal import Journal, journals
+from midstream_agent.node import Node
+from midstream_agent.peer import PeerSession
+from midstream_agent.source import STEPS, Aborted, SourceJob
+
+log = logging.getLogger(__name__)
+_JOB_ID = re.compile(r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$")
+ENDED = frozenset({pb.PHASE_SUCCEEDED, pb.PHASE_ROLLED_BACK, pb.PHASE_FAILED, pb.PHASE_ABORTED})
+
+
+@dataclass(slots=True)
+class Record:
+    """A job's events so far, and whoever waits for more."""
+
+    report: pb.JobReport
+    events: list[pb.MigrateEvent] = field(default_factory=list)
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+    job: SourceJob | None = None
+
+    def add(self, event: pb.MigrateEvent) -> None:
+        self.events.append(event)
+        self.news.set()
+
+    @property
+    def ended(self) -> bool:
+        return self.report.phase in ENDED
+
+    async def follow(self) -> AsyncIterator[pb.MigrateEvent]:
+        """All events from the first one; ends with the one that carries the report."""
+        seen = 0
+        while True:
+            while seen < len(self.events):
+                event = self.events[seen]
+                seen += 1
+                yield event
+                if event.HasField("report"):
+                    return
+            self.news.clear()
+            if seen == len(self.events):
+                await self.news.wait()
+
+
+class SourceJobs:
+    """One active job a pod; ended ones are remembered for `status` up to a limit."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self.records: dict[str, Record] = {}
+        self._busy: dict[str, str] = {}
+
+    def start(self, request: pb.MigrateRequest) -> Record:
+        """Begin a job, or find it when it is known already."""
+        if request.job_id in self.records:
+            return self.records[request.job_id]
+        self._check(request)
+        record = self._record(request)
+        self._busy[request.pod.uid] = request.job_id
+        self._node.tasks.start(f"job {request.job_id}", self._run(request, record))
+        return record
+
+    def _check(self, request: pb.MigrateRequest) -> None:
+        if not _JOB_ID.match(request.job_id):
+            raise Final("bad_job_id", f"job id {request.job_id!r}: use lower case letters, digits, '-' and '.'")
+        if request.switchover == pb.SWITCHOVER_STEER:
+            raise Final("no_steer", "switchover Steer needs the tunnel, which this version does not have: use Wait or Auto")
+        self._node.check_epoch(f"pod:{request.pod.uid}", request.epoch)
+        other = self._busy.get(request.pod.uid)
+        if other:
+            raise Final("pod_busy", f"job {other} is moving this pod already: wait for it or abort it")
+
+    def _record(self, request: pb.MigrateRequest) -> Record:
+        report = pb.JobReport(
+            job_id=request.job_id,
+            phase=pb.PHASE_PENDING,
+            source_node=self._node.settings.node,
+            target_node=request.target_node.name,
+            switchover="Wait",
+        )
+        record = self.records[request.job_id] = Record(report)
+        for job_id in [k for k, r in self.records.items() if r.ended][: -self._node.settings.limits.jobs_remembered]:
+            del self.records[job_id]
+        return record
+
+    async def _run(self, request: pb.MigrateRequest, record: Record) -> None:
+        facts = {"request": request.SerializeToString().hex()}
+        journal = Journal.create(self._node.journal_folder, "source", request.job_id, facts)
+        job = SourceJob(self._node, request, journal, record.add, report=record.report)
+        record.job = job
+        try:
+            await saga.run(STEPS, job, job.clock)
+            _succeeded(job)
+        except saga.Failed as e:
+            _undone(job, e)
+        except MidstreamError as e:
+            _failed(job, e)
+        except Exception as e:
+            log.exception("job %s", request.job_id)
+            _failed(job, Final("internal", f"{type(e).__name__}: {e}; the journal of the job is kept"))
+        finally:
+            self._end(job, record)
+
+    def _end(self, job: SourceJob, record: Record) -> None:
+        job.close()
+        self._busy.pop(job.request.pod.uid, None)
+        if record.ended:
+            job.journal.remove()
+        for t in job.clock.steps:
+            record.report.steps.add(name=t.name, start_ms=t.start_ms, took_ms=t.took_ms, outcome=t.outcome)
+        record.job = None
+        record.add(pb.MigrateEvent(at_ms=job.clock.now_ms(), phase=record.report.phase, what="end", report=record.report))
+
+    def abort(self, job_id: str) -> tuple[bool, str]:
+        """Idempotent. After the point of no return it stops nothing and says so."""
+        record = self.records.get(job_id)
+        if record is None:
+            raise Final("unknown_job", f"this agent knows no job {job_id}")
+        if record.ended or record.job is None:
+            return False, f"job {job_id} has ended"
+        if record.report.phase == pb.PHASE_COMMITTING:
+            return False, f"job {job_id} is past the point of no return: it goes on"
+        record.job.abort_asked = True
+        return True, f"job {job_id} is being rolled back"
+
+    def declare_gone(self, job_id: str, node: str, evidence: str) -> None:
+        record = self.records.get(job_id)
+        job = record.job if record else None
+        if job is None or job.request.target_node.name != node:
+            raise Final("unknown_job", f"no running job {job_id} of this agent has {node} as its target")
+        job.journal.decide("GONE", node=node, evidence=evidence)
+        job.peer_gone = evidence
+
+    # -- after a restart of the agent ------------------------------------------------------------------
+
+    async def recover(self) -> None:
+        """Finish what an earlier process of this boot began: back before COMMIT, forward after it."""
+        for path in journals(self._node.journal_folder, "source"):
+            journal = Journal.load(path)
+            request = pb.MigrateRequest.FromString(bytes.fromhex(journal.facts["request"]))
+            if journal.decided("RELEASED"):
+                journal.remove()
+                continue
+            record = self._record(request)
+            self._busy[request.pod.uid] = request.job_id
+            self._node.tasks.start(f"recover {request.job_id}", self._recover(request, record, journal))
+
+    async def _recover(self, request: pb.MigrateRequest, record: Record, journal: Journal) -> None:
+        job = SourceJob(self._node, request, journal, record.add, report=record.report)
+        record.job = job
+        log.info("job %s: taken up after a restart of the agent", request.job_id)
+        try:
+            await self._take_up(job)
+            if journal.decided("COMMIT"):
+                await saga.roll_forward(STEPS, job, job.clock)
+                _succeeded(job)
+            else:
+                begun = tuple(s for s in STEPS if journal.began(s.name))
+                await saga.roll_back(begun, job, job.clock)
+                _undone(job, saga.Failed("restart", Final("agent_restarted", "the source's agent restarted: rolled back")))
+        except MidstreamError as e:
+            _failed(job, e)
+        finally:
+            self._end(job, record)
+
+    async def _take_up(self, job: SourceJob) -> None:
+        """Bring back what the dead process held: pod, fds, peer, addresses."""
+        settings, request = job.node.settings, job.request
+        await source.connect_pod(job)
+        sent = job.journal.decided("SENT")
+        job.peer = PeerSession(
+            settings, request.target_node.name, request.target_node.endpoint, request.job_id, request.epoch, job.node.boot_id
+        )
+        job.peer.was_boot_id = str(sent["boot_id"]) if sent else ""
+        job.discarded = sent is None
+        _, handoff = job.live_pod()
+        if job.journal.began("PAUSE"):
+            answer = await handoff.ask("fds", {"job": request.job_id})
+            job.fds = answer.take_fds()
+            at, _ = job.live_pod()
+            job.keys = source.tcp.flow_keys(job.fds)
+            job.addresses = sorted({pods.local_address(fd) for fd in job.fds})
+        job.addresses = job.addresses or list(request.addresses)
+        commit = job.journal.decided("COMMIT")
+        if commit:
+            job.keys, job.addresses = commit["keys"], commit["addresses"]
+        job.moving = job.journal.began("MOVE_ADDRESS")
+
+
+def _succeeded(job: SourceJob) -> None:
+    report = job.report
+    report.phase = pb.PHASE_SUCCEEDED
+    report.message = (
+        f"{report.streams.migrated} streams moved from {report.source_node} to {report.target_node}; "
+        f"clients were held for {report.hold_ms:.1f} ms"
+    )
+
+
+def _undone(job: SourceJob, e: saga.Failed) -> None:
+    report = job.report
+    aborted = isinstance(e.cause, Aborted)
+    refused = not job.journal.began("PAUSE")
+    report.phase = pb.PHASE_ABORTED if aborted else pb.PHASE_FAILED if refused else pb.PHASE_ROLLED_BACK
+    report.reason = e.cause.code
+    report.streams.rolled_back = report.streams.total - report.streams.unmovable if not refused else 0
+    report.message = f"{e.step}: {e.cause}"
+
+
+def _failed(job: SourceJob, e: MidstreamError) -> None:
+    job.report.phase = pb.PHASE_FAILED
+    job.report.reason = e.code
+    job.report.message = str(e)

@@ -1,0 +1,102 @@
+"""KV blocks of a pod's pool, read at the source and written at the target, through a mapping of the memfd.
+
+The pool comes over the handoff as a memfd. Only one that is sealed against shrinking is mapped: a pod could
+otherwise truncate it under the agent, which would die of SIGBUS. Slots are the pod's numbers and are checked
+against the pool's own geometry; checksums are made at the source's gateway and verified here at the target
+before the engine may see a block.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import mmap
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from midstream_runtime.contract.errors import Final
+
+F_GET_SEALS, F_SEAL_SHRINK = 1034, 0x0002
+CHECKSUM_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Where the slots of a pool are. Bytes, but for `slots` (a count) and `block_tokens`."""
+
+    fingerprint: str
+    slots: int
+    slot_bytes: int
+    data_offset: int
+    block_tokens: int
+
+    @classmethod
+    def parse(cls, pool: dict[str, Any]) -> Geometry:
+        try:
+            got = cls(
+                str(pool["fingerprint"]),
+                int(pool["slots"]),
+                int(pool["slot_bytes"]),
+                int(pool["data_offset"]),
+                int(pool["block_tokens"]),
+            )
+        except (KeyError, TypeError, ValueError) as e:
+            raise Final("pool_malformed", f"the pod describes its KV pool badly: {e!r}") from e
+        if min(got.slots, got.slot_bytes, got.block_tokens) <= 0 or got.data_offset < 0:
+            raise Final("pool_malformed", "the pod's KV pool has a size of zero or less")
+        return got
+
+    @property
+    def bytes(self) -> int:
+        return self.data_offset + self.slots * self.slot_bytes
+
+
+class PoolView:
+    """A mapping of a pod's KV pool; owns it, and the fd that it was made from."""
+
+    def __init__(self, fd: int, geometry: Geometry, writable: bool) -> None:
+        self.geometry = geometry
+        try:
+            _check_sealed(fd, geometry)
+            access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+            self._map = mmap.mmap(fd, geometry.bytes, mmap.MAP_SHARED, access)
+        finally:
+            os.close(fd)
+        self._view = memoryview(self._map)
+
+    def close(self) -> None:
+        self._view.release()
+        self._map.close()
+
+    def read(self, slot: int, length: int) -> bytes:
+        return bytes(self._slice(slot, length))
+
+    def write(self, slot: int, data: bytes, checksum: bytes) -> None:
+        """Store a block; Final("kv_checksum") when what arrived is not what left the source."""
+        if digest(data) != checksum:
+            raise Final("kv_checksum", f"KV block for slot {slot} does not match its checksum: recompute")
+        self._slice(slot, len(data))[:] = data
+
+    def _slice(self, slot: int, length: int) -> memoryview:
+        g = self.geometry
+        if not 0 <= slot < g.slots or not 0 <= length <= g.slot_bytes:
+            raise Final("kv_slot", f"slot {slot} with {length} bytes is outside the pod's pool of {g.slots} slots")
+        start = g.data_offset + slot * g.slot_bytes
+        return self._view[start : start + length]
+
+
+def digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=CHECKSUM_BYTES).digest()
+
+
+def _check_sealed(fd: int, geometry: Geometry) -> None:
+    try:
+        seals = fcntl.fcntl(fd, F_GET_SEALS)
+    except OSError as e:
+        raise Final("pool_not_sealed", "the pod's KV pool is no memfd: refused (a file could be truncated)") from e
+    if not seals & F_SEAL_SHRINK:
+        raise Final("pool_not_sealed", "the pod's KV pool is not sealed against shrinking: refused")
+    size = os.fstat(fd).st_size
+    if size < geometry.bytes:
+        raise Final("pool_truncated", f"the pod's KV pool has {size} bytes and claims {geometry.bytes}: refused")

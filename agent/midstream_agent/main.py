@@ -1,0 +1,89 @@
+"""`python -m midstream_agent`: the agent of one node.
+
+Holds outlive this process: they are pinned in the kernel. SIGTERM therefore ends it at once and in order; what it
+was doing is in the journal and is taken up by the next process of this boot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+from pathlib import Path
+
+import uvloop
+from midstream_runtime.contract.errors import MidstreamError
+
+from midstream_agent.node import Node
+from midstream_agent.server import serve
+from midstream_agent.settings import Nic, Settings, Timeouts, TlsFiles
+
+
+def parse(argv: list[str] | None = None) -> Settings:
+    parser = argparse.ArgumentParser(prog="midstream-agent", description="Midstream's node agent")
+    add = parser.add_argument
+    add("--node", required=True, help="this node's name; the certificate's DNS SAN must be the same")
+    add("--listen", required=True, help="host:port of the gRPC server")
+    add("--node-address", action="append", default=[], help="this node's own address, one a family")
+    add("--tls-ca", required=True, type=Path)
+    add("--tls-cert", required=True, type=Path)
+    add("--tls-key", required=True, type=Path)
+    add("--bpffs", type=Path, default=Settings.__dataclass_fields__["bpffs"].default)
+    add("--state-dir", type=Path, default=Settings.__dataclass_fields__["state_dir"].default)
+    add("--cgroup-root", type=Path, default=Settings.__dataclass_fields__["cgroup_root"].default)
+    add("--nic", default="eth1", help="interface that carries floating IPs")
+    add("--nic-gateway-v4", default="")
+    add("--nic-gateway-v6", default="")
+    add("--mtu", type=int, default=9001)
+    add("--boot-id", default="", help="override the kernel's boot id (tests)")
+    add("--moved-linger-s", type=float, default=Timeouts().moved_linger_s)
+    add("--accept-settle-ms", type=int, default=Timeouts().accept_settle_ms)
+    add("--address-confirm-s", type=float, default=Timeouts().address_confirm_s)
+    add("--peer-reply-s", type=float, default=Timeouts().peer_reply_s)
+    args = parser.parse_args(argv)
+    return Settings(
+        node=args.node,
+        listen=args.listen,
+        tls=TlsFiles(args.tls_ca, args.tls_cert, args.tls_key),
+        node_addresses=tuple(args.node_address),
+        bpffs=args.bpffs,
+        state_dir=args.state_dir,
+        cgroup_root=args.cgroup_root,
+        nic=Nic(args.nic, args.nic_gateway_v4, args.nic_gateway_v6, args.mtu),
+        boot_id=args.boot_id,
+        timeouts=Timeouts(
+            moved_linger_s=args.moved_linger_s,
+            accept_settle_ms=args.accept_settle_ms,
+            address_confirm_s=args.address_confirm_s,
+            peer_reply_s=args.peer_reply_s,
+        ),
+    )
+
+
+async def run(settings: Settings) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    node = await Node.start(settings)
+    server, _, _ = await serve(node)
+    logging.getLogger(__name__).info("agent of %s listens on %s", settings.node, settings.listen)
+    print(f"ready {settings.node}", flush=True)
+    await stop.wait()
+    await server.stop(settings.timeouts.stop_s)
+    await node.stop()
+
+
+def main(argv: list[str] | None = None) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        uvloop.run(run(parse(argv)))
+    except MidstreamError as e:
+        print(f"midstream-agent: {e.code}: {e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""What all jobs of one agent share: settings, BPF maps, netlink, NIC, injector, linger clean-up, epochs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import struct
+import ipaddress
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from midstream_runtime.contract.errors import Final
+
+from midstream_agent import conntrack, journal
+from midstream_agent.announce import Gateway, Nic, Responder, resolve
+from midstream_agent.hold import Hold
+from midstream_agent.inject import Injector
+from midstream_agent.net import Link, NetWorker
+from midstream_agent.pods import Pod, find_pod
+from midstream_agent.settings import Settings
+
+log = logging.getLogger(__name__)
+CTL = struct.Struct("=8I")  # struct ms_flow_ctl
+
+
+class Tasks:
+    """Background tasks by name; an exception in one is logged with its name, never lost."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("task %s failed", task.get_name(), exc_info=task.exception())
+
+    async def stop(self) -> None:
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+@dataclass(slots=True)
+class Attached:
+    """A pod of this node as a job sees it. Owns the pod's namespace fd."""
+
+    pod: Pod
+    link: Link
+
+    def close(self) -> None:
+        self.pod.close()
+
+
+@dataclass(slots=True)
+class Node:
+    """Everything of this node that outlives a job."""
+
+    settings: Settings
+    boot_id: str
+    net: NetWorker
+    hold: Hold
+    nic: Nic
+    injector: Injector
+    responders: list[Responder]
+    tasks: Tasks = field(default_factory=Tasks)
+    linger: dict[bytes, asyncio.Task[None]] = field(default_factory=dict)
+    _epochs: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    async def start(cls, settings: Settings) -> Node:
+        boot_id = settings.boot_id or journal.kernel_boot_id()
+        net = NetWorker(settings)
+        nic_index = await net.run(net.setup_nic)
+        hold = Hold.open(settings.bpffs)
+        await net.run(hold.attach, None, settings.nic.name, "nic")
+        injector = await net.run(lambda: Injector.create(net.host, settings.nic.mtu_bytes))
+        mac = await net.run(net.mac_of, nic_index)
+        nic = Nic(settings.nic.name, mac, await _gateway(net, nic_index, settings), settings)
+        responders = [Responder(a, settings.probe_port) for a in settings.node_addresses]
+        node = cls(settings, boot_id, net, hold, nic, injector, responders)
+        node._load_epochs()
+        nic.start()
+        for responder in responders:
+            responder.start()
+        return node
+
+    async def stop(self) -> None:
+        """Leave holds standing: they are pinned in the kernel and outlive this process."""
+        await self.tasks.stop()
+        self.nic.close()
+        for responder in self.responders:
+            responder.close()
+        self.injector.close()
+        self.net.close()
+
+    @property
+    def journal_folder(self) -> Path:
+        return journal.boot_folder(self.settings.state_dir, self.boot_id)
+
+    async def attach_pod(self, uid: str) -> Attached:
+        """Find a pod and put hold and gate on its eth0 (idempotent)."""
+        pod = find_pod(self.settings.cgroup_root, uid)
+        try:
+            link = await self.net.run(self.net.pod_link, pod.netns_fd)
+            await self.net.run(self.hold.attach, f"/proc/self/fd/{pod.netns_fd}", "eth0", "pod")
+        except BaseException:
+            pod.close()
+            raise
+        return Attached(pod, link)
+
+    async def plumb(self, at: Attached, address: str, route: bool) -> bool:
+        """Bring a floating IP to a pod; without `route` no packet of this host goes there yet."""
+        added = await self.net.run(self.net.add_pod_address, at.pod.netns_fd, address)
+        await self.net.run(self.net.add_rules, address)
+        if route:
+            await self.net.run(self.net.add_route, address, at.link)
+        return added
+
+    async def unplumb(self, at: Attached, address: str) -> None:
+        await self.net.run(self.net.del_route, address, at.link)
+        await self.net.run(self.net.del_rules, address)
+        await self.net.run(self.net.del_pod_address, at.pod.netns_fd, address)
+
+    def forget_conntrack(self, keys: bytes) -> None:
+        if keys:
+            conntrack.delete(keys)
+
+    def set_state(self, keys: bytes, state: int) -> None:
+        """Put all flows in `keys` into a state that needs no values of its own."""
+        count = len(keys) // conntrack.KEY.size
+        self.hold.set_flows(keys, CTL.pack(state, 0, 0, 0, 0, 0, 0, 0) * count, count)
+
+    # -- entries of flows that have left -------------------------------------------------------------
+
+    def linger_moved(self, keys: bytes, addresses: list[str]) -> None:
+        """Drop MOVED entries once late packets can no longer come."""
+        self.linger[keys] = self.tasks.start("linger", self._linger(keys, addresses))
+
+    async def _linger(self, keys: bytes, addresses: list[str]) -> None:
+        await asyncio.sleep(self.settings.timeouts.moved_linger_s)
+        self._drop_moved(keys, addresses)
+
+    def _drop_moved(self, keys: bytes, addresses: list[str]) -> None:
+        self.linger.pop(keys, None)
+        self.hold.delete_flows(keys, len(keys) // conntrack.KEY.size)
+        for address in addresses:
+            self.hold.del_addr(address)
+
+    def address_comes_back(self, addresses: list[str]) -> None:
+        """An address returns within the linger time: its old entries must not meet the new flows."""
+        wanted = {_mapped(a) for a in addresses}
+        for keys, task in list(self.linger.items()):
+            if keys[:16] in wanted:
+                task.cancel()
+                self._drop_moved(keys, addresses)
+        for address in addresses:
+            self.hold.del_addr(address)
+
+    # -- epochs ----------------------------------------------------------------------------------------
+
+    def check_epoch(self, what: str, epoch: int) -> None:
+        """Refuse a command that is older than the newest one seen for this pod or address."""
+        seen = self._epochs.get(what, 0)
+        if epoch < seen:
+            raise Final("stale_epoch", f"command with epoch {epoch} for {what} is older than {seen}: another operator rules")
+        if epoch > seen:
+            self._epochs[what] = epoch
+            self._save_epochs()
+
+    @property
+    def _epoch_file(self) -> Path:
+        return self.settings.state_dir / "epochs.json"
+
+    def _load_epochs(self) -> None:
+        if self._epoch_file.exists():
+            self._epochs = json.loads(self._epoch_file.read_text(encoding="utf-8"))
+
+    def _save_epochs(self) -> None:
+        self.settings.state_dir.mkdir(parents=True, exist_ok=True)
+        tmp = self._epoch_file.with_suffix(".tmp")
+        tmp.write_text(json.dumps(self._epochs), encoding="utf-8")
+        os.replace(tmp, self._epoch_file)
+
+
+async def _gateway(net: NetWorker, index: int, settings: Settings) -> Gateway:
+    """MACs of the NIC's gateways, resolved by the kernel once a datagram was sent towards them."""
+    macs = {}
+    for family, address in (("v4", settings.nic.gateway_v4), ("v6", settings.nic.gateway_v6)):
+        macs[family] = await resolve(net, index, settings.nic.name, address) if address else None
+    return Gateway(macs["v4"], macs["v6"])
+
+
+def _mapped(address: str) -> bytes:
+    packed = ipaddress.ip_address(address).packed
+    return packed if len(packed) == 16 else conntrack.V4_MAPPED + packed

@@ -1,0 +1,79 @@
+"""Every timeout and limit of the agent, with its unit and the reason for its value.
+
+One settings object is made from the command line at start and passed down; nothing else in the agent
+reads the environment, so that a test can build an agent with other values without touching the process.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Nic:
+    """The interface that carries floating IPs: a secondary ENI that no CNI manages."""
+
+    name: str = "eth1"
+    gateway_v4: str = ""  # subnet base + 1 on EC2; empty: floating IPv4 addresses are refused
+    gateway_v6: str = ""  # link-local of the VPC router; empty: floating IPv6 addresses are refused
+    mtu_bytes: int = 9001
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """mTLS material of this node; the certificate's DNS SAN is the node's name."""
+
+    ca: Path
+    cert: Path
+    key: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """Seconds, unless the name says otherwise."""
+
+    handoff_s: float = 5.0  # one request to a pod; a busy gateway answers within milliseconds
+    pause_s: float = 10.0  # a step of a large engine may take long; clients do not wait for it
+    peer_connect_s: float = 5.0
+    peer_reply_s: float = 15.0  # one reply before the point of no return; then: roll back
+    accept_settle_ms: int = 50  # one round trip of a far client: its SYN-ACK's answer arrives
+    address_confirm_s: float = 20.0  # EC2 moves an address in seconds; afterwards move it back
+    probe_interval_ms: float = 1.0  # first probe of the path; doubles up to the next line
+    probe_interval_max_ms: float = 50.0
+    retry_s: float = 0.2  # between two tries of what must succeed (COMMIT, DISCARD)
+    retry_max_s: float = 2.0
+    moved_linger_s: float = 60.0  # late packets of a moved flow must not reach the old listener
+    stop_s: float = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds on what a pod or a peer may make this agent hold in memory."""
+
+    streams_per_job: int = 20_000
+    kv_chunk_bytes: int = 1 << 20  # a gRPC message of this size costs no copy more than larger ones
+    message_bytes: int = 256 << 20
+    jobs_remembered: int = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What one agent knows of itself."""
+
+    node: str
+    listen: str  # host:port of the gRPC server
+    tls: TlsFiles
+    node_addresses: tuple[str, ...] = ()
+    bpffs: Path = Path("/sys/fs/bpf/midstream")
+    state_dir: Path = Path("/var/lib/midstream")
+    cgroup_root: Path = Path("/sys/fs/cgroup")
+    handoff_path: str = "/run/midstream/handoff.sock"
+    nic: Nic = field(default_factory=Nic)
+    probe_port: int = 9444
+    timeouts: Timeouts = field(default_factory=Timeouts)
+    limits: Limits = field(default_factory=Limits)
+    boot_id: str = ""  # empty: the kernel's
+    fip_rule_to: int = 513  # between the VPC CNI's 512 and 1024 (facts: its source)
+    fip_rule_from: int = 600
+    fip_table: int = 10_600

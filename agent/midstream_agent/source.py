@@ -1,0 +1,476 @@
+"""The source's side of a migration: what each step of the saga does, and how it is undone.
+
+Until COMMIT is in its journal the source decides, and nobody else; afterwards nobody decides. From PAUSE to
+ACTIVATED clients wait, so nothing in these steps may be slow that could be done in PREPARE.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from midstream_runtime.contract.errors import Final, MidstreamError, Retryable
+
+from midstream_agent import pods, tcp
+from midstream_agent.contract import agent_pb2 as pb
+from midstream_agent.handoff import HandoffClient
+from midstream_agent.hold import ADDR_LEAVING, FLOW_FROZEN, FLOW_HELD, FLOW_MOVED
+from midstream_agent.journal import Journal, write_blob
+from midstream_agent.kv import Geometry, PoolView
+from midstream_agent.node import Attached, Node
+from midstream_agent.peer import PeerSession
+from midstream_agent.saga import Clock, Step
+from midstream_agent.target import bring_up, fingerprint_of, greet, pool_fingerprint_of, responder_for
+
+log = logging.getLogger(__name__)
+
+
+class Aborted(Final):
+    """The user's word, before the point of no return."""
+
+    def __init__(self) -> None:
+        super().__init__("aborted", "the job was aborted before the point of no return: the source goes on serving")
+
+
+@dataclass(slots=True)
+class SourceJob:
+    """One job at the source. Owns its fds, its handoff connection, its peer session."""
+
+    node: Node
+    request: pb.MigrateRequest
+    journal: Journal
+    notify: Callable[[pb.MigrateEvent], None]
+    side: str = "source"
+    clock: Clock = field(default_factory=Clock)
+    report: pb.JobReport = field(default_factory=pb.JobReport)
+    at: Attached | None = None
+    handoff: HandoffClient | None = None
+    hello: dict[str, Any] = field(default_factory=dict)
+    pool: PoolView | None = None
+    peer: PeerSession | None = None
+    addresses: list[str] = field(default_factory=list)
+    target_addresses: list[str] = field(default_factory=list)
+    excluded: set[int] = field(default_factory=set)
+    fds: list[int] = field(default_factory=list)
+    kv: list[dict[str, Any]] = field(default_factory=list)
+    state: bytes = b""
+    keys: bytes = b""
+    batch: tcp.Batch | None = None
+    moving: bool = False
+    discarded: bool = False
+    peer_gone: str = ""
+    abort_asked: bool = False
+    frozen_at: float = 0.0
+
+    # -- what the saga's loop asks ---------------------------------------------------------------------
+
+    def note(self, step: str, what: str, message: str = "") -> None:
+        event = pb.MigrateEvent(
+            at_ms=self.clock.now_ms(), phase=self.report.phase, step=step, what=what, message=message
+        )
+        self.notify(event)
+
+    def check_abort(self) -> None:
+        if self.abort_asked:
+            raise Aborted
+        deadline = self.request.deadline_unix_ms
+        if deadline and time.time() * 1000 > deadline:
+            raise Final("deadline_passed", "the job's deadline passed before the point of no return: the source goes on")
+
+    def phase(self, phase: pb.Phase) -> None:
+        self.report.phase = phase
+
+    @property
+    def streams(self) -> int:
+        return len(self.fds)
+
+    def live_pod(self) -> tuple[Attached, HandoffClient]:
+        if self.at is None or self.handoff is None:
+            raise Final("job_state", "the job has no pod yet")
+        return self.at, self.handoff
+
+    def close(self) -> None:
+        for owner in (self.handoff, self.pool, self.at):
+            if owner is not None:
+                owner.close()
+        self.handoff = self.pool = self.at = None
+        self._close_fds()
+
+    def _close_fds(self) -> None:
+        for fd in self.fds:
+            os.close(fd)
+        self.fds = []
+
+    def gone(self) -> bool:
+        return bool(self.peer_gone)
+
+    async def insist(self, request: pb.PeerRequest) -> pb.PeerReply | None:
+        assert self.peer is not None
+        return await self.peer.insist(request, self.gone)
+
+
+# -- CONNECT -----------------------------------------------------------------------------------------------
+
+
+async def connect(job: SourceJob) -> None:
+    job.phase(pb.PHASE_PREPARING)
+    await connect_pod(job)
+    request = job.request
+    if request.target_node.name == job.node.settings.node:
+        raise Final("same_node", f"{request.target_node.name} is the node the pod runs on: choose another target")
+    job.addresses = await _floating_addresses(job)
+    job.peer = PeerSession(
+        job.node.settings,
+        request.target_node.name,
+        request.target_node.endpoint,
+        request.job_id,
+        request.epoch,
+        job.node.boot_id,
+    )
+    await job.peer.open()
+
+
+async def connect_pod(job: SourceJob) -> None:
+    node = job.node
+    job.at = await node.attach_pod(job.request.pod.uid)
+    sock = pods.connect_handoff(job.at.pod, node.settings.handoff_path)
+    job.handoff = HandoffClient(sock, node.settings.timeouts.handoff_s)
+    answer = await greet(job.handoff, node.settings.node)
+    try:
+        job.hello = answer.header
+        if answer.header.get("pool"):
+            job.pool = PoolView(answer.fds.pop(0), Geometry.parse(answer.header["pool"]), writable=False)
+    finally:
+        answer.close()
+
+
+async def _floating_addresses(job: SourceJob) -> list[str]:
+    """Those asked for, or all floating IPs of the pod; each must really be one, and here."""
+    at, _ = job.live_pod()
+    net = job.node.net
+    routed = await net.run(net.routed_addresses)
+    mine = [a for a in await net.run(net.pod_addresses, at.pod.netns_fd) if a in routed]
+    wanted = list(job.request.addresses) or mine
+    missing = sorted(set(wanted) - set(mine))
+    if missing or not wanted:
+        raise Final(
+            "no_floating_ip",
+            f"pod {job.request.pod.name} does not hold {', '.join(missing) or 'any floating IP'} on this node: "
+            "attach one first; streams on the pod's own address cannot move",
+        )
+    return wanted
+
+
+async def disconnect(job: SourceJob) -> None:
+    if job.peer is not None:
+        await job.peer.close()
+
+
+# -- PREPARE -----------------------------------------------------------------------------------------------
+
+
+async def prepare(job: SourceJob) -> None:
+    """All that takes time and needs no client to wait."""
+    _, handoff = job.live_pod()
+    fields = {"job": job.request.job_id, "addresses": job.addresses}
+    await handoff.ask("prepare", fields)
+    streams = await _list_streams(job)
+    await _ask_prepare(job, streams)
+    if job.request.dry_run:
+        raise Final("dry_run", f"planned: {len(streams)} streams would move to {job.request.target_node.name}")
+    for address in job.addresses:
+        job.node.hold.set_addr(address, ADDR_LEAVING)
+    # a handshake under way completes within a round trip; what completes later was silenced as a SYN
+    await asyncio.sleep(job.node.settings.timeouts.accept_settle_ms / 1000)
+    await handoff.ask("settle", fields)
+    settled = await _list_streams(job)
+    if len(settled) != len(streams):
+        await _ask_prepare(job, settled)
+    job.phase(pb.PHASE_SWITCHING)
+
+
+async def _list_streams(job: SourceJob) -> list[dict[str, Any]]:
+    """The movable streams; the others are counted with their reason, never touched."""
+    _, handoff = job.live_pod()
+    answer = await handoff.ask("streams", {"addresses": job.addresses})
+    listed: list[dict[str, Any]] = answer.header["streams"]
+    movable = [s for s in listed if s["movable"] and s["id"] not in job.excluded]
+    counts = job.report.streams
+    counts.total, counts.unmovable = len(listed), len(listed) - len(movable)
+    del job.report.unmovable_reasons[:]
+    job.report.unmovable_reasons.extend(sorted({str(s["reason"]) for s in listed if not s["movable"]}))
+    job.excluded |= {int(s["id"]) for s in listed if not s["movable"]}
+    if len(movable) > job.node.settings.limits.streams_per_job:
+        raise Final("too_many_streams", f"{len(movable)} streams exceed the agent's limit: raise --max-streams")
+    return movable
+
+
+async def _ask_prepare(job: SourceJob, streams: list[dict[str, Any]]) -> None:
+    assert job.peer is not None
+    kv_bytes = sum(int(s.get("kv_bytes") or 0) for s in streams)
+    job.report.kv.bytes_total = kv_bytes
+    replay = job.request.kv_mode == pb.KV_MODE_REPLAY or job.pool is None
+    slot_bytes = job.pool.geometry.slot_bytes if job.pool else 1
+    # a few blocks more a stream: decoding goes on until PAUSE
+    slots = 0 if replay else kv_bytes // slot_bytes + 4 * len(streams)
+    body = pb.PeerPrepare(
+        pod=job.request.target_pod,
+        addresses=job.addresses,
+        families=[6 if ":" in s["remote"][0].removeprefix("::ffff:") else 4 for s in streams],
+        model_fingerprint=fingerprint_of(job.hello),
+        pool_fingerprint=pool_fingerprint_of(job.hello),
+        kv_slots=slots,
+        ports=sorted({int(s["local"][1]) for s in streams}),
+        mtu_bytes=job.node.settings.nic.mtu_bytes,
+        pod_kind=str(job.hello.get("pod_kind", "")),
+    )
+    reply = await job.peer.ask(pb.PeerRequest(prepare=body))
+    job.target_addresses = list(reply.prepared.node_addresses)
+    for address in job.addresses:
+        responder_for(address, job.node.settings.node_addresses)
+        responder_for(address, job.target_addresses)
+
+
+async def unprepare(job: SourceJob) -> None:
+    # the target undoes its own part as soon as the session ends: it has no checkpoint yet, or was told already
+    for address in job.addresses:
+        job.node.hold.del_addr(address)
+
+
+# -- PAUSE -------------------------------------------------------------------------------------------------
+
+
+async def pause(job: SourceJob) -> None:
+    """Take the streams from the pod at a token boundary; refuse by name what cannot move."""
+    at, handoff = job.live_pod()
+    while True:
+        await _ask_pause(job)
+        refusals = pods.check_stream_fds(at.pod, job.fds, set(job.addresses))
+        reasons = [r or tcp.refusal(e) for r, e in zip(refusals, tcp.probe(job.fds), strict=True)]
+        if not any(reasons):
+            return
+        hostile = [r for r in refusals if r not in (None, "NotOnFloatingIP")]
+        if hostile:
+            raise Final("stream_refused", f"the pod handed over a fd that is refused: {hostile[0]}")
+        job.note("PAUSE", "excluded", ", ".join(sorted({r for r in reasons if r})))
+        job.report.unmovable_reasons.extend(sorted({r for r in reasons if r}))
+        job.report.streams.unmovable += sum(1 for r in reasons if r)
+        job.excluded |= {i for i, r in zip(_ids(job), reasons, strict=True) if r}
+        await _resume(job, handoff)
+
+
+async def _ask_pause(job: SourceJob) -> None:
+    _, handoff = job.live_pod()
+    fields: dict[str, Any] = {"job": job.request.job_id, "addresses": job.addresses}
+    if job.excluded:
+        fields["exclude"] = sorted(job.excluded)
+    answer = await handoff.ask("pause", fields, timeout_s=job.node.settings.timeouts.pause_s)
+    job.hello["paused"] = answer.header["streams"]
+    job.fds = answer.take_fds(len(answer.header["streams"]))
+    job.kv, job.state = answer.header.get("kv", []), answer.payload
+
+
+def _ids(job: SourceJob) -> list[int]:
+    return [int(s["id"]) for s in job.hello["paused"]]
+
+
+async def _resume(job: SourceJob, handoff: HandoffClient) -> None:
+    await handoff.ask("resume", {"job": job.request.job_id})
+    job._close_fds()
+
+
+async def unpause(job: SourceJob) -> None:
+    _, handoff = job.live_pod()
+    await _resume(job, handoff)
+
+
+# -- HOLD, EXPORT ------------------------------------------------------------------------------------------
+
+
+async def hold(job: SourceJob) -> None:
+    job.frozen_at = time.monotonic()
+    job.keys = tcp.flow_keys(job.fds)
+    job.node.hold.create_notes(job.keys, job.streams)
+    job.node.set_state(job.keys, FLOW_FROZEN)
+
+
+async def unhold(job: SourceJob) -> None:
+    if job.keys:
+        count = len(job.keys) // tcp.KEY_BYTES
+        job.node.hold.delete_flows(job.keys, count)
+        job.node.hold.delete_notes(job.keys, count)
+
+
+async def export(job: SourceJob) -> None:
+    """Both queues and all options of every socket; from here on the sockets are in repair."""
+    began = time.perf_counter()
+    job.batch = tcp.Batch.checkpoint(job.fds)
+    for i, error in enumerate(job.batch.errors):
+        if error:
+            raise Final("checkpoint_failed", f"socket {i}: {tcp.strerror(error)}")
+    job.report.checkpoint_us = (time.perf_counter() - began) * 1e6 / max(job.streams, 1)
+    keys, ctls = job.batch.flow_entries(FLOW_HELD)
+    job.node.hold.set_flows(keys, ctls, job.streams)
+
+
+async def thaw(job: SourceJob) -> None:
+    """Back to life in the order of ACTIVATE: a thaw that only ends repair stalls clients for up to seconds."""
+    if not job.fds or not job.keys:
+        return
+    batch = job.batch or tcp.Batch.checkpoint(job.fds)
+    notes = job.node.hold.read_notes(job.keys, job.streams)
+    bring_up(job.node, batch, job.fds, job.keys, notes, thaw=True)
+    job.batch = None
+
+
+# -- SEND --------------------------------------------------------------------------------------------------
+
+
+async def send(job: SourceJob) -> None:
+    """The checkpoint leaves: from now on a thaw needs the target's word that it threw it away."""
+    assert job.peer is not None and job.batch is not None
+    checkpoints = job.batch.encode()
+    job.report.checkpoint_bytes = len(checkpoints)
+    job.journal.decide("SENT", target=job.peer.node, endpoint=job.peer.endpoint, boot_id=job.peer.boot_id)
+    ship = pb.PeerShip(
+        checkpoints=checkpoints, state=job.state, streams=job.streams, kv_blocks=len(job.kv), kv=await _send_kv(job)
+    )
+    reply = await job.peer.ask(pb.PeerRequest(ship=ship))
+    job.report.restore_us = reply.restored.restore_us
+    job.report.streams.migrated = 0
+
+
+async def _send_kv(job: SourceJob) -> list[pb.PeerKvChunk]:
+    """Blocks in messages of bounded size; the last message rides with the checkpoint."""
+    if job.pool is None or job.request.kv_mode == pb.KV_MODE_REPLAY:
+        return []
+    assert job.peer is not None
+    job.report.kv.rounds = 1
+    riding: list[pb.PeerKvChunk] = []
+    size = 0
+    for index, block in enumerate(job.kv):
+        data = job.pool.read(int(block["slot"]), int(block["bytes"]))
+        chunk = pb.PeerKvChunk(index=index, data=data, checksum=bytes.fromhex(block["checksum"]))
+        job.report.kv.bytes_sent += len(data)
+        riding.append(chunk)
+        size += len(data)
+        if size > job.node.settings.limits.message_bytes // 4:
+            for full in riding:
+                await job.peer.ask(pb.PeerRequest(kv_chunk=full))
+            riding, size = [], 0
+    job.report.kv.bytes_total = job.report.kv.bytes_sent
+    return riding
+
+
+async def unsend(job: SourceJob) -> None:
+    """Ask until the target says that it threw everything away, or its node is proven gone."""
+    if job.peer is None or job.discarded:
+        return
+    await job.insist(pb.PeerRequest(discard=pb.PeerDiscard(reason="rolled back")))
+    job.discarded = True
+
+
+# -- MOVE_ADDRESS (switchover Wait) ------------------------------------------------------------------------
+
+
+async def move_address(job: SourceJob) -> None:
+    """Let the network bring the addresses to the target, and have the target prove it."""
+    assert job.peer is not None
+    at, _ = job.live_pod()
+    net, settings = job.node.net, job.node.settings
+    job.moving = True
+    for address in job.addresses:
+        await net.run(net.del_route, address, at.link)
+    body = pb.PeerMoveAddress(
+        addresses=job.addresses, probe_addresses=settings.node_addresses, probe_port=settings.probe_port
+    )
+    timeout_s = settings.timeouts.address_confirm_s + settings.timeouts.peer_reply_s
+    reply = await job.peer.ask(pb.PeerRequest(move_address=body), timeout_s)
+    job.note("MOVE_ADDRESS", "proved", f"path proved after {reply.address_moved.took_ms:.1f} ms")
+
+
+async def unmove_address(job: SourceJob) -> None:
+    """The target first lets go, then the address comes back and its path is proved, then clients go on."""
+    if not job.moving:
+        return
+    await unsend(job)
+    at, _ = job.live_pod()
+    node = job.node
+    for address in job.addresses:
+        await node.net.run(node.net.add_route, address, at.link)
+    node.nic.announce(job.addresses)
+    if not job.gone():
+        await asyncio.gather(*(_prove_back(job, a) for a in job.addresses))
+    job.moving = False
+
+
+async def _prove_back(job: SourceJob, address: str) -> None:
+    settings = job.node.settings
+    responder = responder_for(address, job.target_addresses)
+    try:
+        await job.node.nic.prove(address, responder, settings.probe_port, settings.timeouts.address_confirm_s)
+    except TimeoutError as e:
+        raise Retryable("address_not_back", str(e)) from e
+
+
+# -- COMMIT, RELEASE ---------------------------------------------------------------------------------------
+
+
+async def commit(job: SourceJob) -> None:
+    """The point of no return: journalled, then said until it is answered."""
+    notes_path = job.journal.blob_path("notes")
+    if job.journal.decided("COMMIT") is None:
+        write_blob(notes_path, job.node.hold.read_notes(job.keys, job.streams))
+        job.journal.decide("COMMIT", keys=job.keys, addresses=job.addresses)
+        job.report.point_of_no_return_ms = job.clock.now_ms()
+    job.phase(pb.PHASE_COMMITTING)
+    body = pb.PeerCommit(notes=notes_path.read_bytes())
+    reply = await job.insist(pb.PeerRequest(commit=body))
+    job.node.set_state(job.keys, FLOW_MOVED)
+    if reply is None:
+        raise Final("target_lost", "the target's node is gone after the point of no return: its streams are lost")
+    job.report.streams.migrated = reply.activated.streams
+    if job.frozen_at:
+        job.report.hold_ms = (time.monotonic() - job.frozen_at) * 1000
+
+
+async def release(job: SourceJob) -> None:
+    """Everything of these flows leaves this node without a word to the clients."""
+    at, handoff = job.live_pod()
+    try:
+        await handoff.ask("release", {"job": job.request.job_id})
+    except Retryable as e:
+        # the gateway is gone, and with it its copies of the sockets: closed in repair, in silence
+        job.note("RELEASE", "retry", str(e))
+    job._close_fds()
+    node = job.node
+    node.forget_conntrack(job.keys)
+    for address in job.addresses:
+        await node.unplumb(at, address)
+    node.hold.delete_notes(job.keys, len(job.keys) // tcp.KEY_BYTES)
+    node.linger_moved(job.keys, job.addresses)
+    if job.peer is not None and not job.gone():
+        try:
+            await job.peer.ask(pb.PeerRequest(finish=pb.PeerFinish()))
+        except MidstreamError as e:
+            log.info("job %s: the target did not hear the end: %s", job.request.job_id, e)
+        await job.peer.close()
+    job.journal.decide("RELEASED")
+
+
+STEPS: tuple[Step[SourceJob], ...] = (
+    Step("CONNECT", connect, disconnect),
+    Step("PREPARE", prepare, unprepare),
+    Step("PAUSE", pause, unpause),
+    Step("HOLD", hold, unhold),
+    Step("EXPORT", export, thaw),
+    Step("SEND", send, unsend),
+    Step("MOVE_ADDRESS", move_address, unmove_address),
+    Step("COMMIT", commit, None),
+    Step("RELEASE", release, None),
+)

@@ -1,0 +1,514 @@
+"""The target's side of a migration: blank sockets, KV slots, restore, activation; or all of it thrown away.
+
+    NEW --prepare--> PREPARED --ship--> RESTORED --commit--> ACTIVATED --finish--> gone
+                        |                   |
+                        +------discard------+--> DISCARDED
+
+RESTORED, ACTIVATED and DISCARDED are journalled before the act. A job that is RESTORED stays so, held, when its
+session breaks or this agent restarts: only the source's COMMIT or DISCARD (or the proof that the source's node is
+gone) moves it on. A job that is only PREPARED is undone as soon as its session ends: no checkpoint has come yet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import struct
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from midstream_runtime.contract import handoff as wire
+from midstream_runtime.contract.errors import Final, MidstreamError, Retryable
+
+from midstream_agent import failpoints, peer, pods, tcp
+from midstream_agent.contract import agent_pb2 as pb
+from midstream_agent.handoff import HandoffClient
+from midstream_agent.hold import FLOW_HELD
+from midstream_agent.journal import Journal, journals, write_blob
+from midstream_agent.kv import Geometry, PoolView
+from midstream_agent.node import Attached, Node
+
+log = logging.getLogger(__name__)
+
+NEW, PREPARED, RESTORED, ACTIVATED, DISCARDED = "NEW", "PREPARED", "RESTORED", "ACTIVATED", "DISCARDED"
+NOTE_SEG = 1
+
+
+@dataclass(slots=True)
+class TargetJob:
+    """One job at the target. Owns its fds, its handoff connection and its namespace fd."""
+
+    node: Node
+    job_id: str
+    source_node: str
+    source_boot_id: str
+    state: str = NEW
+    at: Attached | None = None
+    handoff: HandoffClient | None = None
+    pool: PoolView | None = None
+    journal: Journal | None = None
+    addresses: list[str] = field(default_factory=list)
+    added: list[str] = field(default_factory=list)
+    ports: set[int] = field(default_factory=set)
+    families: list[int] = field(default_factory=list)
+    blanks: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    have_kv: set[int] = field(default_factory=set)
+    batch: tcp.Batch | None = None
+    keys: bytes = b""
+    streams: int = 0
+    activate_ms: float = 0.0
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    # -- PREPARE ---------------------------------------------------------------------------------------
+
+    async def prepare(self, req: pb.PeerPrepare) -> pb.PeerPrepared:
+        if self.state not in (NEW, PREPARED):
+            raise Final("job_state", f"job {self.job_id} is {self.state} here: it cannot be prepared again")
+        await self._attach(req)
+        await self._take_addresses(list(req.addresses))
+        self.state = PREPARED
+        await self._blank(list(req.families))
+        free = await self._reserve(req.kv_slots)
+        return pb.PeerPrepared(node_addresses=self.node.settings.node_addresses, kv_slots_free=free)
+
+    async def _attach(self, req: pb.PeerPrepare) -> None:
+        if self.at is None:
+            self.at = await self.node.attach_pod(req.pod.uid)
+            sock = pods.connect_handoff(self.at.pod, self.node.settings.handoff_path)
+            self.handoff = HandoffClient(sock, self.node.settings.timeouts.handoff_s)
+        hello = await greet(self.handoff, self.node.settings.node)
+        try:
+            _check_same_software(hello.header, req)
+            self.ports = _listening_ports(hello.header)
+            missing = sorted(set(req.ports) - self.ports)
+            if missing:
+                raise Final("target_not_listening", f"the target pod does not listen on port {missing}: same pod template?")
+            if hello.header.get("pool") and self.pool is None:
+                self.pool = PoolView(hello.fds.pop(0), Geometry.parse(hello.header["pool"]), writable=True)
+        finally:
+            hello.close()
+
+    async def _take_addresses(self, addresses: list[str]) -> None:
+        """Plumb without a route: no packet of this host goes to the pod before the address has moved."""
+        assert self.at is not None
+        node = self.node
+        taken = await node.net.run(node.net.routed_addresses)
+        for address in addresses:
+            if address in taken:
+                raise Final("address_taken", f"{address} is routed to a pod of {node.settings.node} already: free it first")
+        node.address_comes_back(addresses)
+        self.addresses = addresses
+        for address in addresses:
+            if await node.plumb(self.at, address, route=False):
+                self.added.append(address)
+
+    async def _blank(self, families: list[int]) -> None:
+        """Sockets made by the pod itself: its uid, cgroup, namespace and label stay on them."""
+        assert self.handoff is not None and self.at is not None
+        self._close_blanks()
+        answer = await self.handoff.ask("blank", {"job": self.job_id, "families": families})
+        self.blanks = answer.take_fds(len(families))
+        for i, refusal in enumerate(pods.check_blank_fds(self.at.pod, self.blanks)):
+            if refusal:
+                raise Final("blank_refused", f"blank socket {i} of the target pod: {refusal}")
+        self.families = families
+
+    async def _reserve(self, wanted: int) -> int:
+        assert self.handoff is not None
+        if not wanted or self.pool is None:
+            return 0
+        try:
+            answer = await self.handoff.ask("reserve", {"job": self.job_id, "slots": wanted})
+        except MidstreamError as e:
+            if e.code != "pool_full":
+                raise
+            return 0  # the tokens are replayed instead: slower for the engine, nothing lost
+        self.slots = [int(s) for s in answer.header["slots"]]
+        return len(self.slots)
+
+    # -- SEND (the source's word; here: restore) -------------------------------------------------------
+
+    def store_kv(self, chunk: pb.PeerKvChunk) -> None:
+        """Write one block into its reserved slot; a block that cannot be kept is recomputed."""
+        if self.pool is None or chunk.index >= len(self.slots):
+            return
+        try:
+            self.pool.write(self.slots[chunk.index], chunk.data, chunk.checksum)
+        except Final as e:
+            log.warning("job %s: %s", self.job_id, e)
+            return
+        self.have_kv.add(chunk.index)
+
+    async def restore(self, req: pb.PeerShip) -> pb.PeerRestored:
+        if self.state == RESTORED:
+            return pb.PeerRestored()
+        if self.state != PREPARED:
+            raise Final("job_state", f"job {self.job_id} is {self.state} here: nothing can be restored")
+        for chunk in req.kv:
+            self.store_kv(chunk)
+        self.batch = tcp.Batch.decode(req.checkpoints)
+        self.keys, ctls = self._checked_entries(req.streams)
+        await self._match_blanks()
+        self.node.hold.create_notes(self.keys, self.streams)
+        self.node.hold.set_flows(self.keys, ctls, self.streams)
+        self.node.forget_conntrack(self.keys)
+        began = time.perf_counter()
+        _raise_first(self.batch.restore(self.blanks), "restore")
+        restore_us = (time.perf_counter() - began) * 1e6 / max(self.streams, 1)
+        began = time.perf_counter()
+        await self._stage(req)
+        stage_ms = (time.perf_counter() - began) * 1e3
+        await failpoints.point("target.RESTORE.do.before")
+        self._journal_restored(req)
+        self.state = RESTORED
+        await failpoints.point("target.RESTORE.do.after")
+        return pb.PeerRestored(restore_us=restore_us, stage_ms=stage_ms)
+
+    def _checked_entries(self, streams: int) -> tuple[bytes, bytes]:
+        """What the checkpoints claim, held against what this job was prepared for."""
+        assert self.batch is not None
+        self.streams = len(self.batch)
+        if self.streams != streams:
+            raise Final("checkpoint_count", f"{self.streams} checkpoints came for {streams} streams: refused")
+        keys, ctls = self.batch.flow_entries(FLOW_HELD)
+        allowed = {tcp.mapped(a) for a in self.addresses}
+        for i in range(self.streams):
+            key = keys[i * tcp.KEY_BYTES : (i + 1) * tcp.KEY_BYTES]
+            port = struct.unpack_from("!H", key, 32)[0]
+            if key[:16] not in allowed or port not in self.ports:
+                raise Final("checkpoint_foreign", f"checkpoint {i} is for an address or port that this pod does not serve")
+        return keys, ctls
+
+    async def _match_blanks(self) -> None:
+        """Streams that ended since PREPARE change the list; ask for exactly what is needed."""
+        assert self.batch is not None
+        families = self.batch.families()
+        if families != self.families:
+            await self._blank(families)
+
+    async def _stage(self, req: pb.PeerShip) -> None:
+        assert self.handoff is not None
+        slots = [s if i in self.have_kv else -1 for i, s in enumerate(self.slots[: req.kv_blocks])]
+        slots += [-1] * (req.kv_blocks - len(slots))
+        fields = {"job": self.job_id, "slots": slots, "count": self.streams}
+        await self.handoff.ask("stage", fields, req.state)
+
+    def _journal_restored(self, req: pb.PeerShip) -> None:
+        assert self.at is not None
+        self.journal = Journal.create(
+            self.node.journal_folder,
+            "target",
+            self.job_id,
+            {
+                "pod": self.at.pod.uid,
+                "addresses": self.addresses,
+                "added": self.added,
+                "source": self.source_node,
+                "source_boot_id": self.source_boot_id,
+            },
+        )
+        write_blob(self.journal.blob_path("checkpoints"), req.checkpoints)
+        self.journal.decide(RESTORED)
+
+    # -- MOVE_ADDRESS ----------------------------------------------------------------------------------
+
+    async def move_address(self, req: pb.PeerMoveAddress) -> pb.PeerAddressMoved:
+        """Answer for the addresses from now on, and prove that the network agrees."""
+        assert self.at is not None
+        if self.state not in (RESTORED, ACTIVATED):
+            raise Final("job_state", f"job {self.job_id} is {self.state} here: its addresses stay where they are")
+        began = time.perf_counter()
+        node = self.node
+        for address in req.addresses:
+            await node.net.run(node.net.add_route, address, self.at.link)
+        node.nic.announce(list(req.addresses))
+        await failpoints.point("target.MOVE_ADDRESS.do.before")
+        timeout_s = node.settings.timeouts.address_confirm_s
+        try:
+            await asyncio.gather(*(self._prove(a, req, timeout_s) for a in req.addresses))
+        except TimeoutError as e:
+            raise Final("address_not_moved", f"{e}: the network did not move the address") from e
+        await failpoints.point("target.MOVE_ADDRESS.do.after")
+        return pb.PeerAddressMoved(took_ms=(time.perf_counter() - began) * 1e3)
+
+    async def _prove(self, address: str, req: pb.PeerMoveAddress, timeout_s: float) -> None:
+        await self.node.nic.prove(address, responder_for(address, req.probe_addresses), req.probe_port, timeout_s)
+
+    # -- COMMIT ----------------------------------------------------------------------------------------
+
+    async def activate(self, req: pb.PeerCommit) -> pb.PeerActivated:
+        """The point of no return was crossed at the source: these flows live here now. Idempotent."""
+        if self.state == ACTIVATED:
+            return pb.PeerActivated(streams=self.streams, activate_ms=self.activate_ms)
+        if self.state != RESTORED:
+            raise Final("job_state", f"job {self.job_id} is {self.state} here: it was never restored")
+        assert self.journal is not None and self.handoff is not None and self.batch is not None
+        began = time.perf_counter()
+        await failpoints.point("target.ACTIVATE.do.before")
+        self.journal.decide(ACTIVATED)
+        await failpoints.point("target.ACTIVATE.do.journalled")
+        notes = merge_notes(req.notes, self.node.hold.read_notes(self.keys, self.streams), self.streams)
+        self._go_live(notes)
+        await self.handoff.ask("activate", {"job": self.job_id})
+        self.state = ACTIVATED
+        self.activate_ms = (time.perf_counter() - began) * 1e3
+        await failpoints.point("target.ACTIVATE.do.after")
+        self._close_blanks()
+        self.node.hold.delete_notes(self.keys, self.streams)
+        return pb.PeerActivated(streams=self.streams, activate_ms=self.activate_ms)
+
+    def _go_live(self, notes: bytes) -> None:
+        """ACTIVATE in the order of facts/tcp.md; no await in here: it is what every client waits for."""
+        assert self.batch is not None
+        bring_up(self.node, self.batch, self.blanks, self.keys, notes, thaw=False)
+
+    # -- the ends --------------------------------------------------------------------------------------
+
+    async def discard(self) -> None:
+        """Throw the checkpoint away; blanks are in repair, closing them says nothing. Idempotent."""
+        if self.state == DISCARDED:
+            return
+        if self.state == ACTIVATED:
+            raise Final("job_state", f"job {self.job_id} is live here: it cannot be discarded any more")
+        if self.journal is not None:
+            self.journal.decide(DISCARDED)
+        await failpoints.point("target.DISCARD.do.before")
+        if self.at is not None:
+            for address in self.addresses:
+                await self.node.net.run(self.node.net.del_route, address, self.at.link)
+        self._close_blanks()
+        if self.handoff is not None and self.state != NEW:
+            await self._tell_discard()
+        if self.keys:
+            self.node.hold.delete_flows(self.keys, self.streams)
+            self.node.hold.delete_notes(self.keys, self.streams)
+        if self.at is not None:
+            for address in self.added:
+                await self.node.unplumb(self.at, address)
+        self.state = DISCARDED
+        self.finish()
+
+    async def _tell_discard(self) -> None:
+        assert self.handoff is not None
+        try:
+            await self.handoff.ask("discard", {"job": self.job_id})
+        except Retryable as e:
+            # a pod that has gone took its blanks with it: closed in repair, so in silence
+            log.warning("job %s: the target pod did not hear the discard: %s", self.job_id, e)
+
+    def finish(self) -> None:
+        """Forget the job: nobody will ask for it again."""
+        self._close_blanks()
+        if self.journal is not None:
+            self.journal.remove()
+            self.journal = None
+        self.close()
+
+    def close(self) -> None:
+        if self.handoff is not None:
+            self.handoff.close()
+            self.handoff = None
+        if self.pool is not None:
+            self.pool.close()
+            self.pool = None
+        if self.at is not None:
+            self.at.close()
+            self.at = None
+
+    def _close_blanks(self) -> None:
+        for fd in self.blanks:
+            os.close(fd)
+        self.blanks = []
+
+    # -- after a restart of the agent ------------------------------------------------------------------
+
+    @classmethod
+    async def recover(cls, node: Node, journal: Journal) -> TargetJob:
+        """A job that an earlier agent process of this boot had restored: held until the source speaks."""
+        facts = journal.facts
+        job = cls(node, facts["job"], facts["source"], facts["source_boot_id"], state=RESTORED, journal=journal)
+        job.addresses, job.added = facts["addresses"], facts["added"]
+        job.at = await node.attach_pod(facts["pod"])
+        sock = pods.connect_handoff(job.at.pod, node.settings.handoff_path)
+        job.handoff = HandoffClient(sock, node.settings.timeouts.handoff_s)
+        hello = await greet(job.handoff, node.settings.node)
+        hello.close()
+        answer = await job.handoff.ask("fds", {"job": job.job_id})
+        job.batch = tcp.Batch.decode(journal.blob_path("checkpoints").read_bytes())
+        job.streams = len(job.batch)
+        job.blanks = answer.take_fds(job.streams)
+        job.keys, _ = job.batch.flow_entries(FLOW_HELD)
+        job.ports = _listening_ports(hello.header)
+        return job
+
+
+class TargetJobs:
+    """All jobs of this agent as a target, and the sessions that serve them."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self.jobs: dict[str, TargetJob] = {}
+
+    async def recover(self) -> None:
+        """Take up what an earlier process of this boot left."""
+        for path in journals(self._node.journal_folder, "target"):
+            journal = Journal.load(path)
+            if journal.decided(DISCARDED) or not journal.decided(RESTORED):
+                journal.remove()
+                continue
+            job = await TargetJob.recover(self._node, journal)
+            self.jobs[job.job_id] = job
+            log.info("job %s: restored before this agent started, held until %s decides", job.job_id, job.source_node)
+
+    async def session(self, hello: pb.PeerHello) -> peer.Handler:
+        job = self.jobs.get(hello.job_id)
+        if job is None or job.state == DISCARDED:
+            job = self.jobs[hello.job_id] = TargetJob(self._node, hello.job_id, hello.node, hello.boot_id)
+        elif job.source_node != hello.node:
+            raise Final("peer_identity", f"job {hello.job_id} belongs to node {job.source_node}, not to {hello.node}")
+        self._node.check_epoch(f"job:{hello.job_id}", hello.epoch)
+        return TargetSession(self, job)
+
+
+class TargetSession(peer.Handler):
+    """Requests of one session, one at a time, also when two sessions of a job overlap."""
+
+    def __init__(self, jobs: TargetJobs, job: TargetJob) -> None:
+        self._jobs = jobs
+        self._job = job
+
+    async def handle(self, request: pb.PeerRequest, reply: pb.PeerReply) -> None:
+        async with self._job.lock:
+            try:
+                await self._dispatch(request, reply)
+            except (OSError, ValueError, KeyError, TypeError) as e:
+                log.exception("job %s: %s failed", self._job.job_id, request.WhichOneof("body"))
+                raise Final("target_failed", f"{type(e).__name__}: {e}") from e
+
+    async def _dispatch(self, request: pb.PeerRequest, reply: pb.PeerReply) -> None:
+        job = self._job
+        match request.WhichOneof("body"):
+            case "prepare":
+                reply.prepared.CopyFrom(await job.prepare(request.prepare))
+            case "kv_chunk":
+                job.store_kv(request.kv_chunk)
+                reply.kv_stored.SetInParent()
+            case "ship":
+                reply.restored.CopyFrom(await job.restore(request.ship))
+            case "move_address":
+                reply.address_moved.CopyFrom(await job.move_address(request.move_address))
+            case "commit":
+                reply.activated.CopyFrom(await job.activate(request.commit))
+            case "discard":
+                await job.discard()
+                self._jobs.jobs.pop(job.job_id, None)
+                reply.discarded.SetInParent()
+            case "finish":
+                job.finish()
+                self._jobs.jobs.pop(job.job_id, None)
+                reply.finished.SetInParent()
+            case other:
+                raise Final("peer_protocol", f"this agent does not know the request {other}: upgrade it first")
+
+    async def session_ended(self) -> None:
+        """Before a checkpoint came there is nothing to wait for; afterwards only the source decides."""
+        async with self._job.lock:
+            if self._job.state in (NEW, PREPARED):
+                await self._job.discard()
+                self._jobs.jobs.pop(self._job.job_id, None)
+
+
+# -- shared with the source's thaw -----------------------------------------------------------------------
+
+
+def bring_up(node: Node, batch: tcp.Batch, fds: list[int], keys: bytes, notes: bytes, *, thaw: bool) -> None:
+    """Make held flows live: gate open, queues to what the client has seen, its kept segment, then the rest."""
+    count = len(fds)
+    node.hold.delete_flows(keys, count)
+    begin, finish = (batch.thaw_begin, batch.thaw_finish) if thaw else (batch.activate_begin, batch.activate_finish)
+    problems = [begin(fds, notes)]
+    node.injector.play(batch.client_packets(notes, tcp.PRIME))
+    node.injector.play(batch.client_packets(notes, tcp.PLAY))
+    problems.append(finish(fds, notes))
+    for errors in problems:
+        for i, error in enumerate(errors):
+            if error:
+                log.error("flow %d of the batch: %s", i, tcp.strerror(error))
+
+
+def merge_notes(ours: bytes, theirs: bytes, count: int) -> bytes:
+    """For each flow the note of the node that heard the client last (it acknowledges more, or sent later)."""
+    size = tcp.NOTE_BYTES
+    if len(ours) != count * size:
+        ours = bytes(count * size)
+    merged = bytearray(ours)
+    for i in range(count):
+        a, b = ours[i * size : (i + 1) * size], theirs[i * size : (i + 1) * size]
+        if _newer(b, a):
+            merged[i * size : (i + 1) * size] = b
+    return bytes(merged)
+
+
+def _newer(b: bytes, a: bytes) -> bool:
+    flags_a, flags_b = struct.unpack_from("=I", a, 4)[0], struct.unpack_from("=I", b, 4)[0]
+    if not flags_b:
+        return False
+    if not flags_a & NOTE_SEG:
+        return True
+    ack_a, ack_b = struct.unpack_from("=I", a, 12)[0], struct.unpack_from("=I", b, 12)[0]
+    return ((ack_b - ack_a) & 0xFFFFFFFF) < 0x80000000
+
+
+async def greet(handoff: HandoffClient | None, node: str) -> Any:
+    """Say hello to a pod; refuse by name one that speaks another protocol."""
+    assert handoff is not None
+    answer = await handoff.ask("hello", {"version": wire.VERSION, "min_version": wire.MIN_VERSION, "node": node})
+    version, minimum = answer.header.get("version", 0), answer.header.get("min_version", 0)
+    if version < wire.MIN_VERSION or wire.VERSION < minimum:
+        answer.close()
+        raise Final(
+            "handoff_version",
+            f"the pod speaks handoff {minimum}..{version}, this agent {wire.MIN_VERSION}..{wire.VERSION}: "
+            "use matching runtime and agent images",
+        )
+    return answer
+
+
+def fingerprint_of(header: dict[str, Any]) -> str:
+    model = header.get("model") or {}
+    return str(model.get("fingerprint", ""))
+
+
+def pool_fingerprint_of(header: dict[str, Any]) -> str:
+    pool = header.get("pool") or {}
+    return str(pool.get("fingerprint", ""))
+
+
+def _check_same_software(hello: dict[str, Any], req: pb.PeerPrepare) -> None:
+    if hello.get("pod_kind", "") != req.pod_kind:
+        raise Final("target_kind", f"the target pod is a {hello.get('pod_kind')!r}, the source a {req.pod_kind!r}")
+    if fingerprint_of(hello) != req.model_fingerprint:
+        raise Final(
+            "target_model", "the target pod serves another model (or other weights): choose a pod of the same workload"
+        )
+
+
+def _listening_ports(hello: dict[str, Any]) -> set[int]:
+    return {int(x["port"]) for x in hello.get("listeners", [])}
+
+
+def responder_for(address: str, candidates: Any) -> str:
+    """The node address of the same family as the floating IP."""
+    for candidate in candidates:
+        if (":" in candidate) == (":" in address):
+            return str(candidate)
+    raise Final("no_probe_address", f"the other node has no address of the family of {address}: path cannot be proved")
+
+
+def _raise_first(errors: list[int], what: str) -> None:
+    for i, error in enumerate(errors):
+        if error:
+            raise Final(f"{what}_failed", f"socket {i}: {tcp.strerror(error)}")

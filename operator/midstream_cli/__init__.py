@@ -1,0 +1,1 @@
+"""`midstream`: move serving pods between nodes while they stream."""

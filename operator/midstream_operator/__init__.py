@@ -1,0 +1,1 @@
+"""The operator: watches notices and MigrationJobs and directs the agents."""
