@@ -215,10 +215,10 @@ def _undone(job: SourceJob, e: saga.Failed) -> None:
     report.phase = pb.PHASE_ABORTED if aborted else pb.PHASE_FAILED if refused else pb.PHASE_ROLLED_BACK
     report.reason = e.cause.code
     report.streams.rolled_back = report.streams.total - report.streams.unmovable if not refused else 0
-    report.message = f"{e.step}: {e.cause}"
+    report.message = f"{e.step}: {e.cause.message}"
 
 
 def _failed(job: SourceJob, e: MidstreamError) -> None:
     job.report.phase = pb.PHASE_FAILED
     job.report.reason = e.code
-    job.report.message = str(e)
+    job.report.message = e.message

@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         uvloop.run(run(parse(argv)))
     except MidstreamError as e:
-        print(f"midstream-agent: {e.code}: {e}", file=sys.stderr)
+        print(f"midstream-agent: {e}", file=sys.stderr)
         return 1
     return 0
 

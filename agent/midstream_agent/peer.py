@@ -190,7 +190,7 @@ def _check_caller(context: Any, hello: pb.PeerHello) -> None:
 
 
 def _error_reply(request_id: int, e: MidstreamError) -> pb.PeerReply:
-    body = pb.PeerError(code=e.code, message=str(e), retryable=isinstance(e, Retryable))
+    body = pb.PeerError(code=e.code, message=e.message, retryable=isinstance(e, Retryable))
     return pb.PeerReply(id=request_id, error=body)
 
 

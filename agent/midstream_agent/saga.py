@@ -20,6 +20,7 @@ step half done. From COMMIT on a failure is retried until it passes: nobody deci
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -43,6 +44,7 @@ class Context(Protocol):
 
 
 C = TypeVar("C", bound=Context)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +107,14 @@ async def roll_back(steps: tuple[Step[C], ...], ctx: C, clock: Clock) -> None:
     """Undo in reverse, each until it passes: a half-undone job would keep clients held."""
     ctx.journal.decide("ABORT")
     for step in reversed(steps):
-        if step.undo is not None:
+        if step.undo is None:
+            continue
+        try:
             await _until_done(step, "undo", step.undo, ctx, clock)
+        except (MidstreamError, OSError) as e:
+            # the other undos matter as much: clients wait behind each of them
+            log.exception("undo of %s failed", step.name)
+            ctx.note(step.name, "undo failed", str(e))
 
 
 async def roll_forward(steps: tuple[Step[C], ...], ctx: C, clock: Clock) -> None:

@@ -119,7 +119,7 @@ class AgentService(rpc.AgentServicer):
 async def _refuse(context: Any, e: Exception) -> None:
     code = e.code if isinstance(e, MidstreamError) else "os_error"
     status = grpc.StatusCode.UNAVAILABLE if isinstance(e, Retryable) else grpc.StatusCode.FAILED_PRECONDITION
-    await context.abort(status, f"{code}: {e}")
+    await context.abort(status, str(e) if isinstance(e, MidstreamError) else f"{code}: {e}")
 
 
 async def serve(node: Node) -> tuple[aio.Server, SourceJobs, TargetJobs]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from google.protobuf import json_format
 from grpc import aio
 from midstream_agent.contract import agent_pb2 as pb
 from midstream_agent.contract import agent_pb2_grpc as rpc
@@ -43,7 +44,11 @@ def parser() -> argparse.ArgumentParser:
     migrate.add_argument("--kv", choices=KV_MODES, default="auto")
     migrate.add_argument("--deadline-s", type=float, default=0.0, help="give up before the point of no return after this")
     migrate.add_argument("--dry-run", action="store_true")
+    migrate.add_argument("--report", type=Path, help="write the job's report to this file, as JSON")
     migrate.add_argument("--job", default="", help="job id; the same id again follows the running job")
+    attach = commands.add_parser("attach", help="bring a floating IP to a pod (without an operator)")
+    attach.add_argument("pod")
+    attach.add_argument("address")
     status = commands.add_parser("status", help="jobs that the agents know")
     status.add_argument("job", nargs="?", default="")
     abort = commands.add_parser("abort", help="stop a job before its point of no return")
@@ -97,6 +102,8 @@ async def migrate(inventory: Inventory, args: argparse.Namespace, out: Callable[
         out("the agent ended the call without a report: ask `midstream status`")
         return 1
     _print_report(report, out)
+    if args.report:
+        args.report.write_text(json_format.MessageToJson(report), encoding="utf-8")
     return 0 if report.phase == pb.PHASE_SUCCEEDED else 1
 
 
@@ -121,6 +128,17 @@ async def status(inventory: Inventory, args: argparse.Namespace, out: Callable[[
     if args.job and not found:
         out(f"no agent knows job {args.job}")
     return 0 if found or not args.job else 1
+
+
+async def attach(inventory: Inventory, args: argparse.Namespace, out: Callable[[str], Any] = print) -> int:
+    """Have the pod's agent plumb the address and announce it; the pool's owner has assigned it to the node."""
+    pod = inventory.pod(args.pod)
+    epoch = time.time_ns() // 1_000_000
+    request = pb.AttachAddressRequest(pod=pod.ref, address=args.address, announce=True, epoch=epoch)
+    async with connect(inventory, pod.node) as channel:
+        await rpc.AgentStub(channel).AttachAddress(request)
+    out(f"{args.address} leads to {pod.name} on {pod.node}")
+    return 0
 
 
 async def abort(inventory: Inventory, args: argparse.Namespace, out: Callable[[str], Any] = print) -> int:
@@ -154,7 +172,7 @@ async def doctor(inventory: Inventory, args: argparse.Namespace, out: Callable[[
     return 1 if bad else 0
 
 
-COMMANDS = {"migrate": migrate, "status": status, "abort": abort, "doctor": doctor}
+COMMANDS = {"migrate": migrate, "attach": attach, "status": status, "abort": abort, "doctor": doctor}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,0 +1,185 @@
+"""Midstream on the testbed: an agent on each host, serving pods, floating IPs, and the CLI as the operator.
+
+Everything here is the product's own entry points, started as processes in the namespaces where they would run:
+`python -m midstream_agent`, `python -m midstream_runtime.serve`, `python -m midstream_cli.main`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from midstream_testbed.certs import OPERATOR, Authority
+from midstream_testbed.vpc import Host, Pod, Process, Vpc
+
+CHECKOUT = Path(__file__).resolve().parents[3]
+AGENT_PORT = 9443
+GATEWAY_PORT = 8000
+ENGINE_PYTHON = os.environ.get("MIDSTREAM_ENGINE_PYTHON", "/usr/bin/python3")
+
+
+def python_path() -> str:
+    return os.pathsep.join(str(CHECKOUT / p) for p in ("operator", "agent", "runtime", "tests/testbed"))
+
+
+@dataclass(slots=True)
+class Agent:
+    """One node's agent: its process and where its state lies. `restart` keeps journal and pins."""
+
+    host: Host
+    argv: list[str]
+    bpffs: Path
+    state_dir: Path
+    process: Process
+    log: Path
+
+    @property
+    def endpoint(self) -> str:
+        return f"{self.host.node_ip}:{AGENT_PORT}"
+
+
+@dataclass(slots=True)
+class Fleet:
+    """Owner of agents and serving pods of one Vpc; the Vpc's own clean-up ends their processes."""
+
+    vpc: Vpc
+    folder: Path
+    without_hold: bool = False
+    agents: dict[str, Agent] = field(default_factory=dict)
+    pods: dict[str, dict[str, Any]] = field(default_factory=dict)
+    authority: Authority = field(init=False)
+    operator: Host = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.authority = Authority(self.folder / "tls")
+        self.authority.issue(OPERATOR)
+        self.operator = self.vpc.client("operator", in_vpc=True)
+
+    def __enter__(self) -> Fleet:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for agent in self.agents.values():
+            shutil.rmtree(agent.bpffs, ignore_errors=True)
+            for pin in sorted(agent.bpffs.glob("*")) if agent.bpffs.exists() else []:
+                pin.unlink(missing_ok=True)
+            if agent.bpffs.exists():
+                agent.bpffs.rmdir()
+
+    # -- agents ----------------------------------------------------------------------------------------
+
+    def env(self, **more: str) -> dict[str, str]:
+        return {**os.environ, "PYTHONPATH": python_path(), "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", **more}
+
+    def start_agent(self, host: Host, *options: str, **env: str) -> Agent:
+        """Load the BPF programs of this node, then start its agent; returns when it listens."""
+        cert, key = self.authority.issue(host.name)
+        bpffs = Path("/sys/fs/bpf") / f"{self.vpc.prefix}-{host.name}"
+        state_dir = self.folder / "state" / host.name
+        self.load_bpf(host, bpffs)
+        argv = [
+            sys.executable, "-m", "midstream_agent", "--node", host.name,
+            "--listen", f"{host.node_ip}:{AGENT_PORT}",
+            *(x for a in host.node_addresses for x in ("--node-address", a)),
+            "--tls-ca", str(self.authority.ca), "--tls-cert", str(cert), "--tls-key", str(key),
+            "--bpffs", str(bpffs), "--state-dir", str(state_dir), "--cgroup-root", str(host.cgroup_root),
+            "--nic", host.fip_if, "--nic-gateway-v4", host.fip_gateway_v4, "--mtu", str(self.vpc.mtu),
+            *(("--nic-gateway-v6", host.fip_gateway_v6) if host.fip_gateway_v6 else ()),
+            "--boot-id", f"{self.vpc.prefix}-{host.name}-boot-1",
+            *options,
+        ]  # fmt: skip
+        log = self.folder / f"agent-{host.name}.log"
+        process = self._spawn_agent(host, argv, log, env)
+        agent = Agent(host, argv, bpffs, state_dir, process, log)
+        self.agents[host.name] = agent
+        self._write_inventory()
+        return agent
+
+    def load_bpf(self, host: Host, bpffs: Path) -> None:
+        options = ["--without-hold"] if self.without_hold else []
+        argv = [sys.executable, "-m", "midstream_agent.hold", "load", "--bpffs", str(bpffs), *options]
+        done = subprocess.run(argv, env=self.env(), capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"loading BPF for {host.name} failed:\n{done.stdout}{done.stderr}")
+
+    def _spawn_agent(self, host: Host, argv: list[str], log: Path, env: dict[str, str]) -> Process:
+        seen = log.stat().st_size if log.exists() else 0
+        process = host.popen(argv, env=self.env(**env), log=log)
+        wait_for_line(process, log, rf"^ready {host.name}$", 20, seen)
+        return process
+
+    def restart_agent(self, agent: Agent, *options: str, **env: str) -> None:
+        """Start the agent again after it died or was killed: same journal, same pins, same boot."""
+        agent.process = self._spawn_agent(agent.host, [*agent.argv, *options], agent.log, env)
+
+    # -- pods ------------------------------------------------------------------------------------------
+
+    def start_gateway(self, host: Host, name: str, *options: str, workload: str = "llm", **env: str) -> Pod:
+        """A serving pod: gateway and built-in engine. Returns at once; see wait_ready."""
+        pod = host.add_pod(name)
+        argv = [
+            sys.executable, "-m", "midstream_runtime.serve", "--listen", f"[::]:{GATEWAY_PORT}",
+            "--engine-python", ENGINE_PYTHON, "--path-mtu", str(self.vpc.mtu), *options,
+        ]  # fmt: skip
+        return self.run_pod(pod, argv, workload, **env)
+
+    def run_pod(self, pod: Pod, argv: list[str], workload: str, **env: str) -> Pod:
+        log = self.folder / f"pod-{pod.name}.log"
+        process = pod.popen(argv, env=self.env(**env), log=log)
+        self.pods[pod.name] = {"pod": pod, "process": process, "log": log, "workload": workload}
+        self._write_inventory()
+        return pod
+
+    def wait_ready(self, name: str, timeout_s: float = 60) -> None:
+        entry = self.pods[name]
+        wait_for_line(entry["process"], entry["log"], r"^ready\b", timeout_s)
+
+    def attach(self, pod: Pod, address: str) -> None:
+        """What the FloatingIP controller does: assign the address to the pod's node and plumb it in."""
+        self.vpc.allocate(address, host=pod.host)
+        done = self.cli("attach", pod.name, address)
+        if done.returncode:
+            raise RuntimeError(f"attaching {address} to {pod.name} failed:\n{done.stderr}")
+
+    @property
+    def inventory(self) -> Path:
+        return self.folder / "inventory.json"
+
+    def _write_inventory(self) -> None:
+        pods = {
+            name: {"uid": e["pod"].uid, "node": e["pod"].host.name, "workload": e["workload"]} for name, e in self.pods.items()
+        }
+        tls = {"ca": "tls/ca.pem", "cert": f"tls/{OPERATOR}.pem", "key": f"tls/{OPERATOR}.key"}
+        nodes = {name: {"endpoint": a.endpoint} for name, a in self.agents.items()}
+        self.inventory.write_text(json.dumps({"tls": tls, "nodes": nodes, "pods": pods}), encoding="utf-8")
+
+    # -- the operator's hand -----------------------------------------------------------------------------
+
+    def cli_argv(self, *args: str) -> list[str]:
+        return [sys.executable, "-m", "midstream_cli.main", "--inventory", str(self.inventory), *args]
+
+    def cli(self, *args: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+        """Run the CLI on the operator's host and wait."""
+        return self.operator.run(self.cli_argv(*args), env=self.env(), capture_output=True, text=True, timeout=timeout_s)
+
+
+def wait_for_line(process: Process, log: Path, pattern: str, timeout_s: float, start: int = 0) -> None:
+    """Return when the process has written a line that matches; say what it wrote when it did not."""
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        text = log.read_bytes()[start:].decode(errors="replace") if log.exists() else ""
+        if re.search(pattern, text, re.MULTILINE):
+            return
+        if process.poll() is not None:
+            raise RuntimeError(f"{log.name}: ended with {process.returncode} before it was ready:\n{text[-4000:]}")
+        time.sleep(0.02)
+    raise TimeoutError(f"{log.name}: not ready after {timeout_s:g} s:\n{text[-4000:]}")
