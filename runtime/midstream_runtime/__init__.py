@@ -1,0 +1,1 @@
+"""What runs in the serving pod: gateway, engine, KV pool, handoff."""

@@ -1,0 +1,1 @@
+"""What the agent shares with the processes in the pod. Imports nothing outside the standard library."""

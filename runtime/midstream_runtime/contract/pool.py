@@ -1,0 +1,215 @@
+"""Layout of the KV pool: one sealed memfd that the engine writes and the agents read and fill.
+
+    +-----------------+ 0
+    | header          | HEADER_BYTES, written once before anyone else has the fd
+    +-----------------+ index_offset
+    | index           | slots x ENTRY_BYTES: what each slot holds
+    +-----------------+ data_offset (page-aligned)
+    | slot 0          | slot_bytes each: KV of `block_tokens` consecutive tokens of one request, all layers
+    | slot 1          |     [layer][key, value][kv head][token][head_dim] of `dtype`, row-major
+    | ...             |
+    +-----------------+ total_bytes
+
+All integers are little-endian. The memfd carries F_SEAL_SHRINK, F_SEAL_GROW and F_SEAL_SEAL, so a mapping never faults.
+
+Who writes: the engine alone writes header and index, and the data of slots it did not reserve for the agent. Between
+`reserve` and the resume that names them, the agent alone writes the data of RESERVED slots. A reader of an index entry
+that changes under it sees an odd `sequence`, or another one afterwards, and reads again.
+
+A SEALED slot is full, and its bytes do not change until it is FREE again; `block_hash` names its content:
+sha256 over canonical CBOR of [parent hash, [token ids...], null], vLLM's `sha256_cbor` chain, whose first parent is
+ROOT_HASH. `checksum` is blake2b with 16 bytes over the whole slot. An OPEN slot is still being filled: hash and checksum
+are zero, except that a pause writes the checksum of the open blocks that it hands out (valid until the resume).
+
+The unfilled rest of an OPEN slot is zero, so a slot is always moved whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+MAGIC = b"MSKVPOOL"
+VERSION = 1
+HEADER_BYTES = 4096
+PAGE_BYTES = 4096
+HASH_SCHEME = "sha256_cbor"
+ROOT_HASH = bytes(32)
+CHECKSUM_BYTES = 16
+
+# magic, version, header_bytes, total_bytes, index_offset, data_offset, slots, slot_bytes, entry_bytes, block_tokens,
+# layers, kv_heads, head_dim, reserved, dtype, hash scheme, model fingerprint (hex), pool fingerprint (hex)
+HEADER = struct.Struct("<8sIIQQQIIIIIIII16s16s32s32s")
+# sequence, state, reserved, filled tokens, epoch (how often the slot was allocated), block hash, checksum
+ENTRY = struct.Struct("<IBBHQ32s16s")
+ENTRY_BYTES = ENTRY.size
+assert ENTRY_BYTES == 64
+
+
+class SlotState(IntEnum):
+    FREE = 0
+    RESERVED = 1
+    """An agent may be writing it."""
+    OPEN = 2
+    """Belongs to a request that still adds tokens to it."""
+    SEALED = 3
+    """Full, hashed, immutable."""
+
+
+class PoolLayoutError(ValueError):
+    """The bytes are no pool that this code can use; the message says why."""
+
+
+@dataclass(frozen=True)
+class PoolLayout:
+    """Decoded header."""
+
+    slots: int
+    block_tokens: int
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+    """float16, bfloat16, float32 or float64."""
+    model_fingerprint: str
+
+    @property
+    def slot_elements(self) -> int:
+        return self.layers * 2 * self.kv_heads * self.block_tokens * self.head_dim
+
+    @property
+    def slot_bytes(self) -> int:
+        return self.slot_elements * ELEMENT_BYTES[self.dtype]
+
+    @property
+    def index_offset(self) -> int:
+        return HEADER_BYTES
+
+    @property
+    def data_offset(self) -> int:
+        end = HEADER_BYTES + self.slots * ENTRY_BYTES
+        return -(-end // PAGE_BYTES) * PAGE_BYTES
+
+    @property
+    def total_bytes(self) -> int:
+        return self.data_offset + self.slots * self.slot_bytes
+
+    @property
+    def fingerprint(self) -> str:
+        """32 hex digits over all that decides what a slot's bytes mean; the number of slots is not part of it."""
+        parts = (
+            VERSION, self.model_fingerprint, self.dtype, self.block_tokens,
+            self.layers, self.kv_heads, self.head_dim, HASH_SCHEME,
+        )  # fmt: skip
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+    def pack(self) -> bytes:
+        """HEADER_BYTES bytes."""
+        header = HEADER.pack(
+            MAGIC, VERSION, HEADER_BYTES, self.total_bytes, self.index_offset, self.data_offset, self.slots,
+            self.slot_bytes, ENTRY_BYTES, self.block_tokens, self.layers, self.kv_heads, self.head_dim, 0,
+            self.dtype.encode(), HASH_SCHEME.encode(), self.model_fingerprint.encode(), self.fingerprint.encode(),
+        )  # fmt: skip
+        return header.ljust(HEADER_BYTES, b"\0")
+
+    @classmethod
+    def unpack(cls, data: bytes, total_bytes: int) -> PoolLayout:
+        """Layout of a pool from its first bytes and the size of its file. Everything in it is checked, none trusted."""
+        if len(data) < HEADER.size or data[:8] != MAGIC:
+            raise PoolLayoutError("no KV pool: the magic is missing")
+        (_, version, header_bytes, total, index_offset, data_offset, slots, slot_bytes, entry_bytes, block_tokens,
+         layers, kv_heads, head_dim, _, dtype, scheme, model, fingerprint) = HEADER.unpack_from(data)  # fmt: skip
+        if version != VERSION:
+            raise PoolLayoutError(f"KV pool version {version}, this code reads {VERSION}: use pods of one release")
+        if _text(scheme) != HASH_SCHEME or _text(dtype) not in ELEMENT_BYTES:
+            raise PoolLayoutError(f"unknown hash scheme or dtype in the KV pool: {_text(scheme)}, {_text(dtype)}")
+        layout = cls(slots, block_tokens, layers, kv_heads, head_dim, _text(dtype), _text(model))
+        claimed = (header_bytes, total, index_offset, data_offset, slot_bytes, entry_bytes, _text(fingerprint))
+        actual = (HEADER_BYTES, layout.total_bytes, layout.index_offset, layout.data_offset, layout.slot_bytes,
+                  ENTRY_BYTES, layout.fingerprint)  # fmt: skip
+        if claimed != actual or total != total_bytes or slots == 0 or slot_bytes == 0:
+            raise PoolLayoutError(f"KV pool header contradicts itself or its size {total_bytes}: {claimed}")
+        return layout
+
+
+ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+
+def _text(field: bytes) -> str:
+    return field.rstrip(b"\0").decode("ascii", errors="replace")
+
+
+@dataclass(frozen=True)
+class SlotInfo:
+    """Decoded index entry."""
+
+    state: int
+    filled: int
+    epoch: int
+    block_hash: bytes
+    checksum: bytes
+
+
+class PoolView:
+    """Reader of a mapped pool, for processes without torch. Copies nothing but index entries."""
+
+    def __init__(self, memory: memoryview) -> None:
+        self.memory = memory
+        self.layout = PoolLayout.unpack(bytes(memory[: HEADER.size]), len(memory))
+        self._slot_bytes, self._data_offset = self.layout.slot_bytes, self.layout.data_offset
+
+    def info(self, slot: int) -> SlotInfo:
+        """A consistent index entry; IndexError for a slot that is not there."""
+        if not 0 <= slot < self.layout.slots:
+            raise IndexError(f"slot {slot} of a pool with {self.layout.slots}")
+        at = HEADER_BYTES + slot * ENTRY_BYTES
+        while True:
+            before, state, _, filled, epoch, block_hash, checksum = ENTRY.unpack_from(self.memory, at)
+            (after,) = _SEQUENCE.unpack_from(self.memory, at)
+            if before == after and before % 2 == 0:
+                return SlotInfo(state, filled, epoch, block_hash, checksum)
+
+    def checksum_hex(self, slot: int) -> str:
+        """Checksum of a SEALED slot, or of one that a pause has just handed out, from the index: no pass over its bytes."""
+        at = HEADER_BYTES + slot * ENTRY_BYTES + _CHECKSUM_AT
+        return bytes(self.memory[at : at + CHECKSUM_BYTES]).hex()
+
+    def slot(self, slot: int) -> memoryview:
+        """The slot's bytes in place."""
+        first = self._data_offset + slot * self._slot_bytes
+        return self.memory[first : first + self._slot_bytes]
+
+    def actual_checksum(self, slot: int) -> bytes:
+        return checksum(self.slot(slot))
+
+
+_SEQUENCE = struct.Struct("<I")
+_CHECKSUM_AT = ENTRY_BYTES - CHECKSUM_BYTES
+
+
+def checksum(data: memoryview | bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=CHECKSUM_BYTES).digest()
+
+
+def block_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
+    """Chained hash of one full block."""
+    body = bytearray(b"\x83")
+    body += _cbor_head(2, len(parent)) + parent
+    body += _cbor_head(4, len(token_ids))
+    for token in token_ids:
+        body += _cbor_head(0, token)
+    body += b"\xf6"
+    return hashlib.sha256(body).digest()
+
+
+def _cbor_head(major: int, value: int) -> bytes:
+    """Shortest head of a canonical CBOR item (RFC 8949, section 4.2.1)."""
+    if value < 24:
+        return bytes([major << 5 | value])
+    for code, size in ((24, 1), (25, 2), (26, 4), (27, 8)):
+        if value < 1 << (8 * size):
+            return bytes([major << 5 | code]) + value.to_bytes(size, "big")
+    raise ValueError(f"{value} does not fit a CBOR head")

@@ -1,0 +1,1 @@
+"""Engines compute tokens; the gateway talks to them through `protocol.Engine`."""

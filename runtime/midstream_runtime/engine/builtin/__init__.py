@@ -1,0 +1,1 @@
+"""The built-in engine: a small Llama-shaped decoder in plain torch whose KV pages are the slots of the pool."""

@@ -1,0 +1,136 @@
+"""The engine's side of the KV pool: allocation, index writes, torch views of the slots.
+
+One process and one thread owns a `KvPool`. The model's KV pages are the slots themselves: `rows()` is a torch view of the
+mapping, written by the decoder and read by agents through the memfd without any copy in between. Layout and rules for the
+other readers are in midstream_runtime.contract.pool.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+
+from midstream_runtime.contract.errors import Final, Retryable
+from midstream_runtime.contract.pool import (
+    ENTRY,
+    ENTRY_BYTES,
+    HEADER_BYTES,
+    PoolLayout,
+    PoolView,
+    SlotState,
+    block_hash,
+    checksum,
+)
+
+_F_ADD_SEALS = 1033
+_SEAL_SEAL, _SEAL_SHRINK, _SEAL_GROW = 1, 2, 4
+_MADV_POPULATE_WRITE = 23
+_NO_HASH, _NO_CHECKSUM = bytes(32), bytes(16)
+
+
+class KvPool:
+    """Slots of one memfd. Slot numbers are handed out oldest freed first, so late readers meet their own epoch longest."""
+
+    def __init__(self, layout: PoolLayout, *, populate: bool = True) -> None:
+        """Raises OSError when the memory is not there. `populate`: take all pages now instead of in the middle of a step."""
+        self.layout = layout
+        self.fd = os.memfd_create("midstream-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(self.fd, layout.total_bytes)
+        fcntl.fcntl(self.fd, _F_ADD_SEALS, _SEAL_SEAL | _SEAL_SHRINK | _SEAL_GROW)
+        self._map = mmap.mmap(self.fd, layout.total_bytes, mmap.MAP_SHARED)
+        if populate:
+            # Kernels before 5.14 do not know it: pages then come with the first write.
+            with contextlib.suppress(OSError):
+                self._map.madvise(_MADV_POPULATE_WRITE)
+        self._map[:HEADER_BYTES] = layout.pack()
+        self.view = PoolView(memoryview(self._map))
+        self._free: deque[int] = deque(range(layout.slots))
+        self._reserved: set[int] = set()
+        self._epoch = [0] * layout.slots
+        data = torch.frombuffer(
+            self._map,
+            dtype=getattr(torch, layout.dtype),
+            count=layout.slots * layout.slot_elements,
+            offset=layout.data_offset,
+        )
+        self._slots = data.view(layout.slots, layout.slot_elements)
+
+    @property
+    def free_slots(self) -> int:
+        return len(self._free)
+
+    def rows(self) -> torch.Tensor:
+        """All slots as [slots * layers * 2 * kv_heads * block_tokens, head_dim], over the shared memory itself."""
+        return self._slots.view(-1, self.layout.head_dim)
+
+    def allocate(self, count: int) -> list[int]:
+        """Zeroed OPEN slots, or Retryable('pool_full') and none."""
+        slots = self._take(count)
+        for slot in slots:
+            self._slots[slot].zero_()
+            self._write(slot, SlotState.OPEN, 0)
+        return slots
+
+    def reserve(self, count: int) -> list[int]:
+        """Slots whose data an agent writes until `adopt` or `release`."""
+        slots = self._take(count)
+        self._reserved.update(slots)
+        for slot in slots:
+            self._write(slot, SlotState.RESERVED, 0)
+        return slots
+
+    def adopt(self, slots: Sequence[int]) -> None:
+        """Reserved slots become a request's; refuses a slot that was not reserved, or is named twice."""
+        if len(set(slots)) != len(slots) or not self._reserved.issuperset(slots):
+            raise Final("kv_not_reserved", f"KV slots {list(slots)[:8]} were not reserved: reserve slots, fill, then resume")
+        self._reserved.difference_update(slots)
+        for slot in slots:
+            self._write(slot, SlotState.OPEN, 0)
+
+    def release(self, slots: Sequence[int]) -> None:
+        """Back to FREE, from any state."""
+        for slot in slots:
+            self._reserved.discard(slot)
+            self._write(slot, SlotState.FREE, 0)
+            self._free.append(slot)
+
+    def release_reserved(self, slots: Sequence[int]) -> None:
+        """Frees those of `slots` that are reserved; the others have an owner or are free already."""
+        self.release([slot for slot in dict.fromkeys(slots) if slot in self._reserved])
+
+    def seal(self, slot: int, parent: bytes, token_ids: Sequence[int]) -> bytes:
+        """Marks a full slot immutable; returns its block hash, the parent of the next block's."""
+        name = block_hash(parent, token_ids)
+        self._write(slot, SlotState.SEALED, len(token_ids), name, checksum(self.view.slot(slot)))
+        return name
+
+    def note_open(self, slot: int, filled: int) -> None:
+        """Publishes fill and checksum of a block that is not full, for a request that has just paused."""
+        self._write(slot, SlotState.OPEN, filled, _NO_HASH, checksum(self.view.slot(slot)))
+
+    def close(self) -> None:
+        """The memory itself lives until the last view and fd are gone."""
+        os.close(self.fd)
+
+    def _take(self, count: int) -> list[int]:
+        if count > len(self._free):
+            raise Retryable("pool_full", f"the KV pool has {len(self._free)} free slots, {count} are needed: raise --pool-slots")
+        slots = [self._free.popleft() for _ in range(count)]
+        for slot in slots:
+            self._epoch[slot] += 1
+        return slots
+
+    def _write(self, slot: int, state: SlotState, filled: int, name: bytes = _NO_HASH, digest: bytes = _NO_CHECKSUM) -> None:
+        """Index entry under its sequence lock: odd while it changes."""
+        at = HEADER_BYTES + slot * ENTRY_BYTES
+        sequence = int.from_bytes(self._map[at : at + 4], "little")
+        self._map[at : at + 4] = ((sequence + 1) & 0xFFFFFFFF).to_bytes(4, "little")
+        after = (sequence + 2) & 0xFFFFFFFF
+        ENTRY.pack_into(self._map, at, sequence + 1 & 0xFFFFFFFF, state, 0, filled, self._epoch[slot], name, digest)
+        self._map[at : at + 4] = after.to_bytes(4, "little")
