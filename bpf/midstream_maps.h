@@ -80,14 +80,25 @@ struct ms_flow_ctl {
 #define MS_NOTE_RST (1u << 2)  /* the client reset the connection (at rcv_nxt) */
 #define MS_NOTE_FIN (1u << 3)  /* the client's FIN was seen at the end of what is kept */
 #define MS_NOTE_TS (1u << 4)   /* tsval/tsecr are valid */
+#define MS_NOTE_RST_SEEN (1u << 5) /* an RST came while FROZEN, at rst_seq: valid if that is rcv_nxt */
 
 /*
- * What the hold keeps of an absorbed client. "Newest" is by (ack, then window
- * update, then TSval) in the sense of RFC 9293's SND.WL1/WL2. Nothing in here
- * was acknowledged; the client sends it again if the note is lost.
+ * What the hold keeps of an absorbed client. "Newest" is by ack, then TSval,
+ * then seq, then arrival. Nothing in here was acknowledged; the client sends it
+ * again if the note is lost.
+ *
+ * Kept data: in HELD what follows rcv_nxt (data_seq == rcv_nxt), the longest
+ * seen. In FROZEN rcv_nxt is not known yet, so the segment with the lowest seq
+ * is kept: the reader compares with the dumped rcv_nxt, trims what lies before,
+ * and ignores data that starts beyond it. The same goes for the FIN, which is
+ * at data_seq + data_len (data_len is 0, without MS_NOTE_DATA, for a bare FIN),
+ * and for an RST that came while FROZEN.
+ *
+ * seq, ack and window are not those of a segment that must be played back: the
+ * newest may be a probe at an old seq. Play with seq = rcv_nxt.
  */
 struct ms_flow_note {
-	__u32 version; /* even: stable; odd: BPF is writing. Reader retries. */
+	__u32 version; /* even: stable; odd: BPF is writing. Reader retries until equal in two reads. */
 	__u32 flags;   /* MS_NOTE_* */
 	__u32 seq;
 	__u32 ack;
@@ -98,7 +109,7 @@ struct ms_flow_note {
 	__u32 data_len;
 	__u32 absorbed; /* packets absorbed */
 	__u32 answered; /* zero-window ACKs sent */
-	__u32 pad;
+	__u32 rst_seq;  /* with MS_NOTE_RST_SEEN */
 	__u8 data[MS_NOTE_DATA_MAX];
 };
 
@@ -130,8 +141,15 @@ enum ms_reason {
 	MS_R_MALFORMED = 9, /* a segment of a held flow that cannot be parsed: absorbed */
 	MS_R_NOTE_BUSY = 10, /* another CPU was writing the note: not kept */
 	MS_R_ANSWER_FAILED = 11,
-	MS_R_MAX = 12,
+	MS_R_FRAGMENT = 12,     /* first fragment of a held flow: absorbed, not noted */
+	MS_R_BAD_CHECKSUM = 13, /* absorbed, as the stack would: neither noted nor answered */
+	MS_R_NOTE_MISSING = 14, /* held flow without a note entry: absorbed, not kept */
+	MS_R_SKEWED = 15,       /* ack beyond snd_nxt or seq far off: absorbed, not noted */
+	MS_R_MAX = 16,
 };
+
+/* Entries of ms_counters: room for reasons to come, so that an upgrade keeps the map. */
+#define MS_COUNTERS_MAX 64
 
 /* skb->mark of a packet that the hold itself made; the gate lets it out. */
 #define MS_MARK_ANSWER 0x4d530001u
