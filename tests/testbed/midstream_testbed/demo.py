@@ -25,7 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from midstream_testbed.fleet import GATEWAY_PORT, Fleet
-from midstream_testbed.vpc import Host, Pod, Process, Vpc
+from midstream_testbed.machine import Client, Host, Pod
+from midstream_testbed.namespace import Process
+from midstream_testbed.pcap import Packet
+from midstream_testbed.vpc import Vpc
 
 ADDRESS = "10.77.0.100"
 PROMPTS = (
@@ -89,9 +92,9 @@ class Demo:
             report = self._migrate(fleet, pods)
             at_delete = self._delete(source, running)
             self._finish(running)
-            capture.stop()
+            packets = capture.stop()
             stats = self._engine_stats(client)
-            return self._judge(running, report, capture, stats, at_delete)
+            return self._judge(running, report, packets, capture.dropped or 0, stats, at_delete)
 
     def _serve(self, fleet: Fleet, source: Host, target: Host) -> list[Pod]:
         for host in (source, target):
@@ -106,17 +109,17 @@ class Demo:
         self.say(f"serving pods llm-0 and llm-1 are ready; clients connect to the floating IP {ADDRESS}")
         return pods
 
-    def _curl(self, client: Host, prompt: str, out: Path) -> Process:
+    def _curl(self, client: Client, prompt: str, out: Path) -> Process:
         body = {"model": "tiny", "prompt": prompt, "max_tokens": self.tokens, "temperature": 0, "stream": True, "ignore_eos": True}
         argv = ["curl", "-sS", "-N", "--max-time", str(120 + 10 * self.move_seconds), "-o", str(out),
                 "-H", "content-type: application/json", "-d", json.dumps(body),
                 f"http://{ADDRESS}:{GATEWAY_PORT}/v1/completions"]  # fmt: skip
-        return client.popen(argv, log=out.with_suffix(".log"))
+        return client.popen(argv, name="curl")
 
     def _prompt(self, i: int) -> str:
         return PROMPTS[i % len(PROMPTS)]
 
-    def _references(self, client: Host) -> dict[str, str]:
+    def _references(self, client: Client) -> dict[str, str]:
         """The same greedy answers without a migration."""
         references = {}
         prompts = sorted({self._prompt(i) for i in range(self.streams)})
@@ -128,7 +131,7 @@ class Demo:
         self.say(f"{len(references)} answers of {self.tokens} tokens fetched without a migration, for comparison")
         return references
 
-    def _start_curls(self, client: Host, references: dict[str, str]) -> list[Stream]:
+    def _start_curls(self, client: Client, references: dict[str, str]) -> list[Stream]:
         running = []
         for i in range(self.streams):
             out = self.folder / f"stream-{i}.sse"
@@ -153,7 +156,7 @@ class Demo:
             if not self.quiet:
                 print(f"             {line}")
         if done.returncode and not self.without_hold:
-            logs = "".join(a.log.read_text()[-3000:] for a in fleet.agents.values())
+            logs = "".join(a.log[-3000:] for a in fleet.agents.values())
             raise RuntimeError(f"the migration did not succeed:\n{done.stdout}{done.stderr}\n{logs}")
         return json.loads(report_file.read_text(encoding="utf-8")) if report_file.exists() else {}
 
@@ -167,9 +170,9 @@ class Demo:
         for stream in running:
             stream.process.wait(180 + 10 * self.move_seconds)
 
-    def _engine_stats(self, client: Host) -> dict[str, float]:
+    def _engine_stats(self, client: Client) -> dict[str, float]:
         url = f"http://{ADDRESS}:{GATEWAY_PORT}/metrics"
-        text = client.run(["curl", "-sS", "--max-time", "10", url], capture_output=True, text=True).stdout
+        text = client.run(["curl", "-sS", "--max-time", "10", url]).stdout
         stats = {}
         for line in text.splitlines():
             name, _, value = line.rpartition(" ")
@@ -180,7 +183,8 @@ class Demo:
     # -- the verdict ------------------------------------------------------------------------------------
 
     def _judge(
-        self, running: list[Stream], report: dict[str, Any], capture: Any, stats: dict[str, float], at_delete: float
+        self, running: list[Stream], report: dict[str, Any], packets: list[Packet], missed: int,
+        stats: dict[str, float], at_delete: float,
     ) -> dict[str, Any]:
         lost = doubled = 0
         identical = True
@@ -189,7 +193,7 @@ class Demo:
             identical &= got == want and stream.done() and stream.process.returncode == 0
             lost += max(0, self.tokens - len(stream.pieces())) if got != want else 0
             doubled += max(0, len(stream.pieces()) - self.tokens)
-        network = self._network(capture)
+        network = self._network(packets, missed)
         result = {
             "streams": self.streams,
             "tokens": sum(len(s.pieces()) for s in running),
@@ -216,19 +220,18 @@ class Demo:
         result["ok"] = self._ok(result)
         return result
 
-    def _network(self, capture: Any) -> dict[str, Any]:
-        packets = capture.packets()
+    def _network(self, packets: list[Packet], missed: int) -> dict[str, Any]:
         flows: dict[tuple[str, int], list[float]] = {}
         rst = fin_early = 0
         last_fin: dict[tuple[str, int], float] = {}
         for p in packets:
             if p.src == ADDRESS and p.sport == GATEWAY_PORT:
                 key = (p.dst, p.dport)
-                if p.payload_len:
-                    flows.setdefault(key, []).append(p.ts)
+                if p.length:
+                    flows.setdefault(key, []).append(p.ts_ns / 1e9)
                 rst += p.rst
                 if p.fin:
-                    last_fin[key] = p.ts
+                    last_fin[key] = p.ts_ns / 1e9
             elif p.dst == ADDRESS:
                 rst += p.rst
         for key, at in last_fin.items():
@@ -237,7 +240,7 @@ class Demo:
         return {
             "rst_seen": rst,
             "fin_unexpected": fin_early,
-            "packets_missed_by_capture": capture.dropped,
+            "packets_missed_by_capture": missed,
             "stall_ms": _summary(stalls),
         }
 

@@ -9,16 +9,16 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from midstream_testbed.certs import OPERATOR, Authority
-from midstream_testbed.vpc import Host, Pod, Process, Vpc
+from midstream_testbed.machine import Client, Host, Pod
+from midstream_testbed.namespace import Process
+from midstream_testbed.vpc import Vpc
 
 CHECKOUT = Path(__file__).resolve().parents[3]
 AGENT_PORT = 9443
@@ -39,11 +39,24 @@ class Agent:
     bpffs: Path
     state_dir: Path
     process: Process
-    log: Path
+    env: dict[str, str]
+
+    @property
+    def log(self) -> str:
+        return self.process.output()
 
     @property
     def endpoint(self) -> str:
-        return f"{self.host.node_ip}:{AGENT_PORT}"
+        return f"{self.host.ipv4}:{AGENT_PORT}"
+
+
+@dataclass(slots=True)
+class Serving:
+    """A pod and the one process that a test started in it."""
+
+    pod: Pod
+    process: Process
+    workload: str
 
 
 @dataclass(slots=True)
@@ -54,9 +67,9 @@ class Fleet:
     folder: Path
     without_hold: bool = False
     agents: dict[str, Agent] = field(default_factory=dict)
-    pods: dict[str, dict[str, Any]] = field(default_factory=dict)
+    pods: dict[str, Serving] = field(default_factory=dict)
     authority: Authority = field(init=False)
-    operator: Host = field(init=False)
+    operator: Client = field(init=False)
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -68,17 +81,14 @@ class Fleet:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        """Unpin what the agents left: a real node's pins end with the node."""
         for agent in self.agents.values():
-            shutil.rmtree(agent.bpffs, ignore_errors=True)
-            for pin in sorted(agent.bpffs.glob("*")) if agent.bpffs.exists() else []:
-                pin.unlink(missing_ok=True)
-            if agent.bpffs.exists():
-                agent.bpffs.rmdir()
+            unpin(agent.bpffs)
 
     # -- agents ----------------------------------------------------------------------------------------
 
     def env(self, **more: str) -> dict[str, str]:
-        return {**os.environ, "PYTHONPATH": python_path(), "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", **more}
+        return {"PYTHONPATH": python_path(), "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", **more}
 
     def start_agent(self, host: Host, *options: str, **env: str) -> Agent:
         """Load the BPF programs of this node, then start its agent; returns when it listens."""
@@ -86,20 +96,17 @@ class Fleet:
         bpffs = Path("/sys/fs/bpf") / f"{self.vpc.prefix}-{host.name}"
         state_dir = self.folder / "state" / host.name
         self.load_bpf(host, bpffs)
+        eni = host.eth1
         argv = [
             sys.executable, "-m", "midstream_agent", "--node", host.name,
-            "--listen", f"{host.node_ip}:{AGENT_PORT}",
-            *(x for a in host.node_addresses for x in ("--node-address", a)),
+            "--listen", f"{host.ipv4}:{AGENT_PORT}", "--node-address", host.ipv4, "--node-address", host.ipv6,
             "--tls-ca", str(self.authority.ca), "--tls-cert", str(cert), "--tls-key", str(key),
-            "--bpffs", str(bpffs), "--state-dir", str(state_dir), "--cgroup-root", str(host.cgroup_root),
-            "--nic", host.fip_if, "--nic-gateway-v4", host.fip_gateway_v4, "--mtu", str(self.vpc.mtu),
-            *(("--nic-gateway-v6", host.fip_gateway_v6) if host.fip_gateway_v6 else ()),
-            "--boot-id", f"{self.vpc.prefix}-{host.name}-boot-1",
-            *options,
+            "--bpffs", str(bpffs), "--state-dir", str(state_dir), "--cgroup-root", str(host.cgroups[0].parent),
+            "--nic", eni.name, "--nic-gateway-v4", eni.gateway4, "--nic-gateway-v6", eni.gateway6,
+            "--mtu", str(self.vpc.mtu), "--boot-id", f"{self.vpc.prefix}-{host.name}-boot-1", *options,
         ]  # fmt: skip
-        log = self.folder / f"agent-{host.name}.log"
-        process = self._spawn_agent(host, argv, log, env)
-        agent = Agent(host, argv, bpffs, state_dir, process, log)
+        process = self._spawn_agent(host, argv, env)
+        agent = Agent(host, argv, bpffs, state_dir, process, env)
         self.agents[host.name] = agent
         self._write_inventory()
         return agent
@@ -107,19 +114,18 @@ class Fleet:
     def load_bpf(self, host: Host, bpffs: Path) -> None:
         options = ["--without-hold"] if self.without_hold else []
         argv = [sys.executable, "-m", "midstream_agent.hold", "load", "--bpffs", str(bpffs), *options]
-        done = subprocess.run(argv, env=self.env(), capture_output=True, text=True, check=False)
+        done = subprocess.run(argv, env={**os.environ, **self.env()}, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"loading BPF for {host.name} failed:\n{done.stdout}{done.stderr}")
 
-    def _spawn_agent(self, host: Host, argv: list[str], log: Path, env: dict[str, str]) -> Process:
-        seen = log.stat().st_size if log.exists() else 0
-        process = host.popen(argv, env=self.env(**env), log=log)
-        wait_for_line(process, log, rf"^ready {host.name}$", 20, seen)
+    def _spawn_agent(self, host: Host, argv: list[str], env: dict[str, str]) -> Process:
+        process = host.popen(argv, env=self.env(**env), name="agent")
+        wait_for_line(process, rf"^ready {host.name}$", 20)
         return process
 
     def restart_agent(self, agent: Agent, *options: str, **env: str) -> None:
         """Start the agent again after it died or was killed: same journal, same pins, same boot."""
-        agent.process = self._spawn_agent(agent.host, [*agent.argv, *options], agent.log, env)
+        agent.process = self._spawn_agent(agent.host, [*agent.argv, *options], env)
 
     # -- pods ------------------------------------------------------------------------------------------
 
@@ -133,15 +139,13 @@ class Fleet:
         return self.run_pod(pod, argv, workload, **env)
 
     def run_pod(self, pod: Pod, argv: list[str], workload: str, **env: str) -> Pod:
-        log = self.folder / f"pod-{pod.name}.log"
-        process = pod.popen(argv, env=self.env(**env), log=log)
-        self.pods[pod.name] = {"pod": pod, "process": process, "log": log, "workload": workload}
+        process = pod.popen(argv, env=self.env(**env), name="serve")
+        self.pods[pod.name] = Serving(pod, process, workload)
         self._write_inventory()
         return pod
 
     def wait_ready(self, name: str, timeout_s: float = 60) -> None:
-        entry = self.pods[name]
-        wait_for_line(entry["process"], entry["log"], r"^ready\b", timeout_s)
+        wait_for_line(self.pods[name].process, r"^ready\b", timeout_s)
 
     def attach(self, pod: Pod, address: str) -> None:
         """What the FloatingIP controller does: assign the address to the pod's node and plumb it in."""
@@ -156,7 +160,7 @@ class Fleet:
 
     def _write_inventory(self) -> None:
         pods = {
-            name: {"uid": e["pod"].uid, "node": e["pod"].host.name, "workload": e["workload"]} for name, e in self.pods.items()
+            name: {"uid": s.pod.uid, "node": s.pod.host.name, "workload": s.workload} for name, s in self.pods.items()
         }
         tls = {"ca": "tls/ca.pem", "cert": f"tls/{OPERATOR}.pem", "key": f"tls/{OPERATOR}.key"}
         nodes = {name: {"endpoint": a.endpoint} for name, a in self.agents.items()}
@@ -169,17 +173,24 @@ class Fleet:
 
     def cli(self, *args: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
         """Run the CLI on the operator's host and wait."""
-        return self.operator.run(self.cli_argv(*args), env=self.env(), capture_output=True, text=True, timeout=timeout_s)
+        return self.operator.run(self.cli_argv(*args), env=self.env(), timeout_s=timeout_s, check=False)
 
 
-def wait_for_line(process: Process, log: Path, pattern: str, timeout_s: float, start: int = 0) -> None:
+def wait_for_line(process: Process, pattern: str, timeout_s: float) -> None:
     """Return when the process has written a line that matches; say what it wrote when it did not."""
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
-        text = log.read_bytes()[start:].decode(errors="replace") if log.exists() else ""
-        if re.search(pattern, text, re.MULTILINE):
+        if re.search(pattern, process.output(), re.MULTILINE):
             return
         if process.poll() is not None:
-            raise RuntimeError(f"{log.name}: ended with {process.returncode} before it was ready:\n{text[-4000:]}")
+            raise RuntimeError(f"ended with {process.returncode} before it was ready:\n{process.output()[-4000:]}")
         time.sleep(0.02)
-    raise TimeoutError(f"{log.name}: not ready after {timeout_s:g} s:\n{text[-4000:]}")
+    raise TimeoutError(f"not ready after {timeout_s:g} s:\n{process.output()[-4000:]}")
+
+
+def unpin(folder: Path) -> None:
+    """Remove a node's pins from bpffs."""
+    if folder.is_dir():
+        for pin in folder.iterdir():
+            unpin(pin) if pin.is_dir() else pin.unlink()
+        folder.rmdir()
