@@ -21,7 +21,6 @@ import time
 from dataclasses import dataclass
 
 from midstream_runtime.contract.errors import Final
-from pyroute2 import IPRoute
 
 from midstream_agent.net import NetWorker
 from midstream_agent.settings import Settings
@@ -165,10 +164,9 @@ class Responder:
     node exists for that address.
     """
 
-    def __init__(self, address: str, port: int) -> None:
+    def __init__(self, address: str, port: int, interface: str | None) -> None:
         self._sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM)
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        interface = _interface_of(address)
         if interface:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode())
         self._sock.bind((address, port))
@@ -194,16 +192,6 @@ class Responder:
             if len(data) == PROBE_LEN and data.startswith(PROBE_MAGIC):
                 self._sock.sendto(data, sender)
                 self.answered += 1
-
-
-def _interface_of(address: str) -> str | None:
-    """Name of the interface that owns `address` (None for loopback and wildcards)."""
-    with IPRoute() as ipr:
-        for entry in ipr.get_addr(family=socket.AF_INET6 if ":" in address else socket.AF_INET):
-            if entry.get_attr("IFA_ADDRESS") == address or entry.get_attr("IFA_LOCAL") == address:
-                name = socket.if_indextoname(entry["index"])
-                return None if name == "lo" else name
-    return None
 
 
 def _only_probe_answers(sock: socket.socket, port: int) -> None:

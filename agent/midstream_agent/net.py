@@ -104,6 +104,14 @@ class NetWorker:
             raise Final("no_interface", f"interface {name} is not on this node: set --nic to the ENI that carries "
                         "floating IPs (midstream doctor lists the interfaces)") from e  # fmt: skip
 
+    def interface_of(self, address: str) -> str | None:
+        """Name of the interface that owns one of this node's addresses; None for loopback."""
+        for entry in self.host.get_addr(family=netns.family_of(address)):
+            if address in (entry.get_attr("IFA_ADDRESS"), entry.get_attr("IFA_LOCAL")):
+                name = socket.if_indextoname(entry["index"])
+                return None if name == "lo" else name
+        raise Final("node_address", f"{address} is on no interface of this node: check --node-address")
+
     def mac_of(self, index: int) -> str:
         return str(self.host.get_links(index)[0].get_attr("IFLA_ADDRESS"))
 

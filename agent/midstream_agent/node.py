@@ -86,7 +86,9 @@ class Node:
         injector = await net.run(lambda: Injector.create(net.host, settings.nic.mtu_bytes))
         mac = await net.run(net.mac_of, nic_index)
         nic = Nic(settings.nic.name, mac, await _gateway(net, nic_index, settings), settings)
-        responders = [Responder(a, settings.probe_port) for a in settings.node_addresses]
+        responders = [
+            Responder(a, settings.probe_port, await net.run(net.interface_of, a)) for a in settings.node_addresses
+        ]
         node = cls(settings, boot_id, net, hold, nic, injector, responders)
         node._load_epochs()
         nic.start()

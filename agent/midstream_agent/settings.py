@@ -39,7 +39,7 @@ class Timeouts:
     peer_reply_s: float = 15.0  # one reply before the point of no return; then: roll back
     accept_settle_ms: int = 50  # one round trip of a far client: its SYN-ACK's answer arrives
     address_confirm_s: float = 20.0  # EC2 moves an address in seconds; afterwards move it back
-    probe_interval_ms: float = 1.0  # first probe of the path; doubles up to the next line
+    probe_interval_ms: float = 0.25  # first probe of the path; doubles up to the next line
     probe_interval_max_ms: float = 50.0
     retry_s: float = 0.2  # between two tries of what must succeed (COMMIT, DISCARD)
     retry_max_s: float = 2.0
