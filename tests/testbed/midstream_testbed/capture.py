@@ -1,8 +1,8 @@
 """Captures: tcpdump in its own process writes, the test reads after `stop`.
 
-tcpdump stamps and counts in the kernel, so neither Python nor a busy test loses or delays a packet; what the kernel
-itself had to drop is in `dropped`, and a test that judges by a capture asserts that it is 0. Offloads stay on as on
-a real host: a capture then holds super-packets before segmentation.
+tcpdump stamps and counts in the kernel, so neither Python nor a busy test loses or delays a packet; what the
+kernel itself had to drop is in `dropped`, and a test that judges by a capture asserts that it is 0. Offloads
+stay on as on a real host: a capture then holds super-packets before segmentation.
 """
 
 from __future__ import annotations
@@ -30,18 +30,45 @@ class Capture:
     """A running capture; `stop` ends it. Also a context manager."""
 
     def __init__(
-        self, where: Namespace, interface: str, path: Path, *, expression: str = "", snaplen: int = 0,
+        self,
+        where: Namespace,
+        interface: str,
+        path: Path,
+        *,
+        expression: str = "",
+        snaplen: int = 0,
         buffer_kib: int = 65536,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.path = path
         self.captured: int | None = None
         self.dropped: int | None = None
         self._packets: list[pcap.Packet] | None = None
         self._stderr = b""
-        argv = ["tcpdump", "-i", interface, "-n", "-p", "-w", str(path), "-U", "--immediate-mode", "-Z", "root",
-                "-B", str(buffer_kib), "-s", str(snaplen), "--time-stamp-precision=nano"]  # fmt: skip
-        self._process = where.popen(argv + ([expression] if expression else []), name="tcpdump",
-                                    stderr=subprocess.PIPE, privileged=True, private_mounts=False)  # fmt: skip
+        argv = [
+            "tcpdump",
+            "-i",
+            interface,
+            "-n",
+            "-p",
+            "-w",
+            str(path),
+            "-U",
+            "--immediate-mode",
+            "-Z",
+            "root",
+            "-B",
+            str(buffer_kib),
+            "-s",
+            str(snaplen),
+            "--time-stamp-precision=nano",
+        ]
+        self._process = where.popen(
+            argv + ([expression] if expression else []),
+            name="tcpdump",
+            stderr=subprocess.PIPE,
+            privileged=True,
+            private_mounts=False,
+        )
         self._wait(lambda: b"listening on" in self._stderr)
 
     def _wait(self, ready: Callable[[], bool]) -> None:

@@ -1,7 +1,8 @@
-"""The tests' handle on the fabric daemon (fabricd.py): who owns which address, and the hooks that spoil moves.
+"""The tests' handle on the fabric daemon (fabricd.py): who owns which address, and the hooks that spoil
+moves.
 
-Every call is one request over the daemon's control socket; other processes (the EC2 API server, a demo) reach the
-same daemon by `Fabric(path)`.
+Every call is one request over the daemon's control socket; other processes (the EC2 API server, a demo) reach
+the same daemon by `Fabric(path)`.
 """
 
 from __future__ import annotations

@@ -1,18 +1,19 @@
 """EC2's network as one small process in the router's namespace: which address belongs to which interface.
 
-The table is the router's routing table: a /32 or /128 route an address. Strict reverse-path matching (nft ``fib``,
-see strict.py) makes the same route the anti-spoofing rule, so that one atomic netlink message moves an address:
-from that instant packets to it go to the new interface, and packets from it are dropped at the old one.
+The table is the router's routing table: a /32 or /128 route an address. Strict reverse-path matching (nft
+``fib``, see strict.py) makes the same route the anti-spoofing rule, so that one atomic netlink message moves
+an address: from that instant packets to it go to the new interface, and packets from it are dropped at the
+old one.
 
-Announcements (gratuitous ARP, unsolicited neighbour advertisements) from a host's interface ask for a move, as the
-l2 provider does on bare metal; ``assign`` on the control socket asks for one as EC2's API would. It takes effect
-after ``move_seconds``. A new request for an address supersedes a pending one.
+Announcements (gratuitous ARP, unsolicited neighbour advertisements) from a host's interface ask for a move,
+as the l2 provider does on bare metal; ``assign`` on the control socket asks for one as EC2's API would. It
+takes effect after ``move_seconds``. A new request for an address supersedes a pending one.
 
-A process of its own, so that neither a busy test nor its garbage collector delays a move: this delay is part of
-every client's stall. Everything runs on one thread and one epoll loop: packets and requests in, one netlink write
-a batch out. Standard library only and no imports from the package: it is started by path with ``python -I -S`` and
-ready in a few milliseconds. When the lifeline on stdin ends, the process that made the testbed is gone and this
-one sets the clean-up going.
+A process of its own, so that neither a busy test nor its garbage collector delays a move: this delay is part
+of every client's stall. Everything runs on one thread and one epoll loop: packets and requests in, one
+netlink write a batch out. Standard library only and no imports from the package: it is started by path with
+``python -I -S`` and ready in a few milliseconds. When the lifeline on stdin ends, the process that made the
+testbed is gone and this one sets the clean-up going.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class Address:
 
 @dataclass
 class Move:
-    """One asked-for move and what came of it. Times are CLOCK_MONOTONIC and CLOCK_REALTIME, in nanoseconds."""
+    """One asked-for move and what came of it. Times are CLOCK_MONOTONIC and CLOCK_REALTIME, in ns."""
 
     ip: str
     source: str | None
@@ -109,7 +110,9 @@ def route_message(ip: str, port: Port | None) -> bytes:
     if port:
         body += _attribute(RTA_OIF, struct.pack("=I", port.ifindex))
         body += _attribute(RTA_GATEWAY, ipaddress.ip_address(gateway).packed)
-        head = struct.pack("=IHHII", 16 + len(body), RTM_NEWROUTE, NLM_F_REQUEST | NLM_F_REPLACE | NLM_F_CREATE, 1, 0)
+        head = struct.pack(
+            "=IHHII", 16 + len(body), RTM_NEWROUTE, NLM_F_REQUEST | NLM_F_REPLACE | NLM_F_CREATE, 1, 0
+        )
     else:
         head = struct.pack("=IHHII", 16 + len(body), RTM_DELROUTE, NLM_F_REQUEST, 1, 0)
     return head + body
@@ -150,13 +153,17 @@ def listening_packet_socket(protocol: int) -> socket.socket:
     sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.htons(protocol))
     program = _filter_program()
     code = ctypes.create_string_buffer(program)
-    sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(code)))
+    sock.setsockopt(
+        socket.SOL_SOCKET,
+        SO_ATTACH_FILTER,
+        struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(code)),
+    )
     sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 8 << 20)
     return sock
 
 
 class Fabric:
-    """The table, its pending moves and the hooks that tests turn. No I/O but the netlink write in `_apply`."""
+    """The table, its pending moves and the hooks that tests turn. Its only I/O is the write in `_apply`."""
 
     def __init__(self) -> None:
         self.ports: dict[int, Port] = {}
@@ -204,7 +211,11 @@ class Fabric:
     def _book(self, address: Address, port: Port) -> Move:
         outcome = "refused" if self.hooks["refuse"] else "lied" if self.hooks["lie"] else "pending"
         last = self.moves[-1] if self.moves else None
-        if last and outcome != "pending" and (last.ip, last.port, last.outcome) == (address.ip, port, outcome):
+        if (
+            last
+            and outcome != "pending"
+            and (last.ip, last.port, last.outcome) == (address.ip, port, outcome)
+        ):
             last.repeats += 1
             return last
         source = address.port.host if address.port else None
@@ -395,7 +406,9 @@ class Server:
     def _reply(self, sock: socket.socket, answer: dict[str, Any]) -> None:
         data = json.dumps(answer).encode()
         sock.setsockopt(socket.SOL_SOCKET, 32, 2 * len(data) + 65536)  # SO_SNDBUFFORCE: a long log of moves
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the asker has gone: epoll says so next
+        with contextlib.suppress(
+            BrokenPipeError, ConnectionResetError
+        ):  # the asker has gone: epoll says so next
             sock.send(data)
 
     def _answer_waiting(self) -> None:

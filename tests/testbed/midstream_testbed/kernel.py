@@ -1,9 +1,10 @@
 """The few system calls that Python lacks, and how a thread visits a namespace.
 
 Namespaces are entered by short-lived threads and never by the main thread: a network namespace belongs to a
-thread, so the test's own thread never leaves home, whatever fails. A child that such a thread starts inherits the
-thread's namespaces, which spares every process of the testbed a ``preexec_fn`` (unsafe in threaded programs) and
-an ``nsenter``. Opening a netlink socket or writing ``/proc/sys/net`` also acts on the calling thread's namespace.
+thread, so the test's own thread never leaves home, whatever fails. A child that such a thread starts inherits
+the thread's namespaces, which spares every process of the testbed a ``preexec_fn`` (unsafe in threaded
+programs) and an ``nsenter``. Opening a netlink socket or writing ``/proc/sys/net`` also acts on the calling
+thread's namespace.
 """
 
 from __future__ import annotations
@@ -130,12 +131,12 @@ def drop_netns(name: str) -> None:
 
 
 def new_mntns(setup: Callable[[], None]) -> int:
-    """A mount namespace without the machine's named network namespaces, after `setup` ran in it: an open fd."""
+    """A mount namespace without the machine's named network namespaces, after `setup` ran in it: an fd."""
 
     def body() -> int:
         unshare(CLONE_FS | CLONE_NEWNS)
         mount("", "/", flags=MS_PRIVATE | MS_REC)
-        # A copy of the mounts under /run/netns would keep deleted hosts alive. Stacked mounts come off one by one.
+        # Copies of the mounts under /run/netns would keep deleted hosts alive; there may be a stack.
         while is_mount_point(NETNS_DIR):
             umount(str(NETNS_DIR))
         setup()

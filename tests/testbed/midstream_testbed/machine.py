@@ -100,9 +100,9 @@ def configure_primary(ip: Any, eni: Eni) -> None:
 
 
 class Host(Namespace):
-    """A node: eth0 is its primary ENI; eth1, the secondary one for floating IPs, comes as EC2 hot-attaches it, down
-    and without an address: what it needs is in `eth1`, and whoever uses it configures it (`configure_eni` for tests
-    that run no agent)."""
+    """A node: eth0 is its primary ENI; eth1, the secondary one for floating IPs, comes as EC2 hot-attaches
+    it, down and without an address: what it needs is in `eth1`, and whoever uses it configures it
+    (`configure_eni` for tests that run no agent)."""
 
     def __init__(self, vpc: Vpc, name: str, number: int) -> None:
         super().__init__(name, f"{vpc.prefix}-{name}", vpc.cgroups(name, "system"), vpc.folder)
@@ -132,15 +132,17 @@ class Host(Namespace):
 
     def prepare(self) -> None:
         """Before any interface is there: what `default` says is what a new interface inherits."""
-        self.sysctl({
-            "ipv4/ip_forward": 1,
-            "ipv4/conf/all/rp_filter": 0,
-            "ipv4/conf/default/rp_filter": 1 if self.vpc.strict else 0,
-            "ipv6/conf/all/forwarding": 1,
-            "ipv6/conf/default/forwarding": 1,
-            "ipv6/conf/default/accept_ra": 0,
-            "ipv6/conf/default/accept_dad": 0,  # a real host's own addresses have long been confirmed
-        })  # fmt: skip
+        self.sysctl(
+            {
+                "ipv4/ip_forward": 1,
+                "ipv4/conf/all/rp_filter": 0,
+                "ipv4/conf/default/rp_filter": 1 if self.vpc.strict else 0,
+                "ipv6/conf/all/forwarding": 1,
+                "ipv6/conf/default/forwarding": 1,
+                "ipv6/conf/default/accept_ra": 0,
+                "ipv6/conf/default/accept_dad": 0,  # a real host's own addresses have long been confirmed
+            }
+        )
 
     def configure(self, *, tx_checksums: bool = True) -> None:
         self.netlink(self._configure)
@@ -148,36 +150,51 @@ class Host(Namespace):
         if self.vpc.strict:
             self.nft(strict.HOST_RULES % {"vpc4": self.vpc.subnet4, "node4": self.ipv4})
         if not tx_checksums:
-            self.inside(lambda: [kernel.transmit_checksums(eni.name, False) for eni in self.enis])
+            for eni in self.enis:
+                self.software_checksums(eni)
 
     def _configure(self, ip: Any) -> None:
         configure_primary(ip, self.eth0)
         for family in (2, 10):
-            ip.rule("add", table=TABLE_MAIN, priority=RULE_CONNMARK, fwmark=CONNMARK, fwmask=CONNMARK, family=family)
+            ip.rule(
+                "add",
+                table=TABLE_MAIN,
+                priority=RULE_CONNMARK,
+                fwmark=CONNMARK,
+                fwmask=CONNMARK,
+                family=family,
+            )
 
     def add_eni(self, *, tx_checksums: bool = True) -> Eni:
         """Hot-attach one more secondary interface, unconfigured."""
         eni = self.vpc.plug(self, f"eth{len(self.enis)}", len(self.enis))
         self.enis.append(eni)
         if not tx_checksums:
-            self.inside(lambda: kernel.transmit_checksums(eni.name, False))
+            self.software_checksums(eni)
         return eni
 
+    def software_checksums(self, eni: Eni) -> None:
+        """``ethtool -K IFNAME tx off``: the CPU sums what leaves by this interface, as some NICs want it."""
+        self.inside(lambda: kernel.transmit_checksums(eni.name, False))
+
     def configure_eni(self, eni: Eni | None = None) -> None:
-        """What an agent does once for the interface of the floating IPs: up, MTU, loose rp_filter, a table of its own."""
+        """What an agent does once for the interface of the floating IPs: up, MTU, loose rp_filter, a table of
+        its own."""
         eni = eni or self.eth1
         table = eni_table(eni)
 
         def body(ip: Any) -> None:
             index = bring_up(ip, eni.name, eni.mtu)
-            ip.route("replace", dst="default", gateway=eni.gateway4, oif=index, table=table, flags=RTNH_F_ONLINK)
+            ip.route(
+                "replace", dst="default", gateway=eni.gateway4, oif=index, table=table, flags=RTNH_F_ONLINK
+            )
             ip.route("replace", dst="default", gateway=eni.gateway6, oif=index, table=table, family=10)
 
         self.netlink(body)
         self.sysctl({f"ipv4/conf/{eni.name}/rp_filter": 2})
 
     def add_pod(self, name: str, *, may_connect: bool = False, ecn: int = 0) -> Pod:
-        """A pod as the VPC CNI places it. `may_connect` lifts the policy that its connections never begin with it."""
+        """A pod as the VPC CNI places it. `may_connect` lifts the policy against connections it begins."""
         pod = Pod(self, name, next(self._pod_numbers))
         self.pods[name] = pod
         try:
@@ -218,7 +235,8 @@ def eni_table(eni: Eni) -> int:
 
 
 class Pod(Namespace):
-    """A pod: namespace, veth pair, a pause process in one cgroup and its own processes in another, private /run.
+    """A pod: namespace, veth pair, a pause process in one cgroup and its own processes in another, private
+    /run.
 
     Processes run as root with a container's capabilities; `popen(privileged=True)` keeps all of them,
     `popen(uid=N)` drops to a user.
@@ -247,11 +265,15 @@ class Pod(Namespace):
     # -- set-up
 
     def plumb(self, ecn: int) -> None:
-        # Duplicate address detection stays on: whoever adds a floating IPv6 address must say "nodad". The pod's own
-        # link-local address is added by hand, or the pod would be mute for its first two seconds.
-        self.sysctl({
-            "ipv4/tcp_ecn": ecn, "ipv6/conf/default/accept_ra": 0, "ipv6/conf/default/addr_gen_mode": 1,
-        })  # fmt: skip
+        # Duplicate address detection stays on: whoever adds a floating IPv6 address must say "nodad". The
+        # pod's own link-local address is added by hand, or it would be mute for its first two seconds.
+        self.sysctl(
+            {
+                "ipv4/tcp_ecn": ecn,
+                "ipv6/conf/default/accept_ra": 0,
+                "ipv6/conf/default/addr_gen_mode": 1,
+            }
+        )
         host_mac = self.host.netlink(self._plumb_host_side)
         self.netlink(lambda ip: self._plumb_pod_side(ip, host_mac))
         pause = self._in_cgroups(self._sandbox_cgroups, ["/bin/sleep", "infinity"])
@@ -270,12 +292,16 @@ class Pod(Namespace):
     def _plumb_host_side(self, ip: Any) -> str:
         vpc = self.host.vpc
         ip.link(
-            "add", ifname=self.host_ifname, kind="veth",
+            "add",
+            ifname=self.host_ifname,
+            kind="veth",
             peer={"ifname": "eth0", "net_ns_fd": self.netns_fd},
-        )  # fmt: skip
+        )
         index = bring_up(ip, self.host_ifname, vpc.mtu)
         for address, bits, family in ((self.ipv4, 32, 2), (self.ipv6, 128, 10)):
-            ip.route("add", dst=f"{address}/{bits}", oif=index, family=family, scope=253 if family == 2 else 0)
+            ip.route(
+                "add", dst=f"{address}/{bits}", oif=index, family=family, scope=253 if family == 2 else 0
+            )
             ip.rule("add", dst=address, dst_len=bits, table=TABLE_MAIN, priority=RULE_TO_POD, family=family)
         self._attach_foreign_filter(ip, index)
         return str(ip.get_links(index)[0].get("address"))
@@ -286,8 +312,18 @@ class Pod(Namespace):
         try:
             ip.tc("add", "clsact", index)
             for parent in (INGRESS, EGRESS):
-                ip.tc("add-filter", "bpf", index, handle=1, fd=program, name="foreign_pass", parent=parent,
-                      prio=1, protocol=ETH_P_ALL, direct_action=True)  # fmt: skip
+                ip.tc(
+                    "add-filter",
+                    "bpf",
+                    index,
+                    handle=1,
+                    fd=program,
+                    name="foreign_pass",
+                    parent=parent,
+                    prio=1,
+                    protocol=ETH_P_ALL,
+                    direct_action=True,
+                )
         finally:
             os.close(program)
 
@@ -313,10 +349,18 @@ class Pod(Namespace):
 
     # -- processes
 
-    def popen(self, argv: Sequence[Argument], *, env: Mapping[str, str] | None = None, name: str | None = None,
-              privileged: bool = False, **options: Any) -> Process:  # fmt: skip
-        return super().popen(argv, env={"TMPDIR": "/run/tmp", **(env or {})}, name=name, privileged=privileged,
-                             **options)  # fmt: skip
+    def popen(
+        self,
+        argv: Sequence[Argument],
+        *,
+        env: Mapping[str, str] | None = None,
+        name: str | None = None,
+        privileged: bool = False,
+        **options: Any,
+    ) -> Process:
+        return super().popen(
+            argv, env={"TMPDIR": "/run/tmp", **(env or {})}, name=name, privileged=privileged, **options
+        )
 
     # -- the end
 

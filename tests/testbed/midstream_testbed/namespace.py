@@ -24,10 +24,8 @@ Argument = str | os.PathLike[str]
 _JOIN = 'n=$1; shift; while [ "$n" -gt 0 ]; do echo $$ >"$1" || exit 125; shift; n=$((n-1)); done; exec "$@"'
 
 # What container runtimes leave to root in a container that is not privileged.
-CONTAINER_CAPABILITIES = (
-    "chown dac_override fowner fsetid kill setgid setuid setpcap net_bind_service net_raw sys_chroot mknod "
-    "audit_write setfcap"
-).split()
+CONTAINER_CAPABILITIES = """chown dac_override fowner fsetid kill setgid setuid setpcap net_bind_service
+net_raw sys_chroot mknod audit_write setfcap""".split()  # noqa: SIM905
 
 
 def confinement(privileged: bool, uid: int | None) -> list[str]:
@@ -40,7 +38,8 @@ def confinement(privileged: bool, uid: int | None) -> list[str]:
 
 
 class Process(subprocess.Popen[bytes]):
-    """A process of the testbed. `log` is the file that took its stdout and stderr, None when they were redirected."""
+    """A process of the testbed. `log` is the file that took its stdout and stderr, None when they were
+    redirected."""
 
     log: Path | None = None
 
@@ -132,7 +131,8 @@ class Namespace:
         privileged: bool = True,
         uid: int | None = None,
     ) -> Process:
-        """Start a process in the namespace. `env` is added to this process's; output goes to a log file by default."""
+        """Start a process in the namespace. `env` is added to this process's; output goes to a log file by
+        default."""
         log = self.log_dir / f"{self.name}.{next(self._counter)}.{name or Path(argv[0]).name}.log"
         command = self._wrapped([*confinement(privileged, uid), *argv], self.cgroups)
         merged = {**os.environ, **(env or {})}
@@ -142,10 +142,15 @@ class Namespace:
 
             def body() -> Process:
                 return Process(
-                    command, env=merged, stdin=stdin, cwd=folder, pass_fds=pass_fds, start_new_session=True,
+                    command,
+                    env=merged,
+                    stdin=stdin,
+                    cwd=folder,
+                    pass_fds=pass_fds,
+                    start_new_session=True,
                     stdout=log_file if stdout is None else stdout,
                     stderr=log_file if stderr is None else stderr,
-                )  # fmt: skip
+                )
 
             process = kernel.in_namespaces(body, self.netns_fd, self.mntns_fd if private_mounts else None)
         process.log = log if stdout is None or stderr is None else None
@@ -153,14 +158,24 @@ class Namespace:
         return process
 
     def run(
-        self, argv: Sequence[Argument], *, input: str | None = None, timeout_s: float = 30.0, check: bool = True,
-        env: Mapping[str, str] | None = None, **options: Any,
-    ) -> subprocess.CompletedProcess[str]:  # fmt: skip
+        self,
+        argv: Sequence[Argument],
+        *,
+        input: str | None = None,
+        timeout_s: float = 30.0,
+        check: bool = True,
+        env: Mapping[str, str] | None = None,
+        **options: Any,
+    ) -> subprocess.CompletedProcess[str]:
         """Run a short command to its end; stdout and stderr come back as text."""
         process = self.popen(
-            argv, env=env, stdin=subprocess.PIPE if input is not None else subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
-        )  # fmt: skip
+            argv,
+            env=env,
+            stdin=subprocess.PIPE if input is not None else subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            **options,
+        )
         try:
             out, err = process.communicate(input.encode() if input is not None else None, timeout=timeout_s)
         except subprocess.TimeoutExpired:
@@ -172,7 +187,9 @@ class Namespace:
             list(argv), process.returncode, out.decode(errors="replace"), err.decode(errors="replace")
         )
         if check and done.returncode:
-            raise RuntimeError(f"{self.name}: {list(argv)} exited with {done.returncode}: {done.stderr.strip()}")
+            raise RuntimeError(
+                f"{self.name}: {list(argv)} exited with {done.returncode}: {done.stderr.strip()}"
+            )
         return done
 
     def capture(self, interface: str = "eth0", **options: Any) -> Capture:

@@ -1,8 +1,8 @@
 """Light packet records out of a pcap file: enough to judge a TCP flow, and nothing that parses twice.
 
-Only what tests ask for is kept: Ethernet (with VLAN tags), IPv4 and IPv6 (with extension headers), TCP. Sequence
-numbers are as on the wire. Payload is the length by the IP header: a short snaplen does not change it, and `payload`
-then holds what was captured.
+Only what tests ask for is kept: Ethernet (with VLAN tags), IPv4 and IPv6 (with extension headers), TCP.
+Sequence numbers are as on the wire. Payload is the length by the IP header: a short snaplen does not change
+it, and `payload` then holds what was captured.
 """
 
 from __future__ import annotations
@@ -78,20 +78,21 @@ def records(path: Path) -> Iterator[tuple[int, int, bytes]]:
         offset += captured
 
 
-def _ipv4(frame: bytes, at: int) -> tuple[int, str, str, int, int] | None:
-    """(version, src, dst, offset of TCP, its length by the header), None when it is not TCP or a later fragment."""
+def _ipv4(frame: bytes, at: int, wire: int) -> tuple[int, str, str, int, int] | None:
+    """(version, src, dst, offset of TCP, its length by the header), None when it is not TCP or a later
+    fragment."""
     if len(frame) < at + 20 or frame[at + 9] != 6 or struct.unpack_from("!H", frame, at + 6)[0] & 0x1FFF:
         return None
     head = (frame[at] & 15) * 4
-    total = struct.unpack_from("!H", frame, at + 2)[0] or len(frame) - at  # 0: a super-packet beyond 64 kB
+    total = struct.unpack_from("!H", frame, at + 2)[0] or wire - at  # 0: a super-packet beyond 64 kB
     src, dst = (socket.inet_ntop(socket.AF_INET, frame[at + i : at + i + 4]) for i in (12, 16))
     return 4, src, dst, at + head, total - head
 
 
-def _ipv6(frame: bytes, at: int) -> tuple[int, str, str, int, int] | None:
+def _ipv6(frame: bytes, at: int, wire: int) -> tuple[int, str, str, int, int] | None:
     if len(frame) < at + 40:
         return None
-    length = struct.unpack_from("!H", frame, at + 4)[0] or len(frame) - at - 40
+    length = struct.unpack_from("!H", frame, at + 4)[0] or wire - at - 40
     kind, here = frame[at + 6], at + 40
     while kind in IPV6_EXTENSIONS and len(frame) >= here + 8:
         kind, here = frame[here], here + 8 * (frame[here + 1] + 1)
@@ -125,7 +126,8 @@ def parse(ts_ns: int, frame_length: int, frame: bytes) -> Packet | None:
     while len(frame) >= at + 2 and struct.unpack_from("!H", frame, at)[0] in (ETH_VLAN, ETH_QINQ):
         at += 4
     kind = struct.unpack_from("!H", frame, at)[0] if len(frame) >= at + 2 else 0
-    found = _ipv4(frame, at + 2) if kind == ETH_IPV4 else _ipv6(frame, at + 2) if kind == ETH_IPV6 else None
+    network = {ETH_IPV4: _ipv4, ETH_IPV6: _ipv6}.get(kind)
+    found = network(frame, at + 2, frame_length) if network else None
     if found is None or len(frame) < found[3] + 20:
         return None
     version, src, dst, tcp, length = found
@@ -133,8 +135,8 @@ def parse(ts_ns: int, frame_length: int, frame: bytes) -> Packet | None:
     head = (offset >> 4) * 4
     options = _options(frame, tcp + 20, tcp + head)
     payload = frame[tcp + head : tcp + length]
-    return Packet(ts_ns, version, src, sport, dst, dport, flags, seq, ack, win, length - head, payload, *options,
-                  frame_length)  # fmt: skip
+    numbers = (flags, seq, ack, win, length - head)
+    return Packet(ts_ns, version, src, sport, dst, dport, *numbers, payload, *options, frame_length)
 
 
 def read(path: Path) -> list[Packet]:
@@ -143,16 +145,23 @@ def read(path: Path) -> list[Packet]:
 
 
 def select(
-    packets: Iterable[Packet], *, src: str | None = None, sport: int | None = None, dst: str | None = None,
-    dport: int | None = None, after_ns: int | None = None, before_ns: int | None = None,
-) -> list[Packet]:  # fmt: skip
-    """Those packets that agree with everything given."""
+    packets: Iterable[Packet],
+    *,
+    src: str | None = None,
+    sport: int | None = None,
+    dst: str | None = None,
+    dport: int | None = None,
+    after_ns: int = 0,
+    before_ns: int = 1 << 63,
+) -> list[Packet]:
+    """Those packets that agree with everything given; both ends of the interval belong to it."""
+    wanted = (src, sport, dst, dport)
     return [
-        packet for packet in packets
-        if (src is None or packet.src == src) and (sport is None or packet.sport == sport)
-        and (dst is None or packet.dst == dst) and (dport is None or packet.dport == dport)
-        and (after_ns is None or packet.ts_ns >= after_ns) and (before_ns is None or packet.ts_ns <= before_ns)
-    ]  # fmt: skip
+        packet
+        for packet in packets
+        if after_ns <= packet.ts_ns <= before_ns
+        and all(want in (None, has) for want, has in zip(wanted, packet.flow, strict=True))
+    ]
 
 
 def flows(packets: Iterable[Packet]) -> dict[tuple[str, int, str, int], list[Packet]]:

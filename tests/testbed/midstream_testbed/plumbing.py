@@ -1,7 +1,8 @@
 """The floating IP's plumbing in a node and a pod, as the agent does it: for tests that run no agent.
 
-The numbers are those of the design: `to FIP` looks up main at 513, `from FIP` the interface's own table at 600, a
-/32 route to the pod's host-side veth, the address on the pod's eth0, never on an interface of the host.
+The numbers are those of the design: `to FIP` looks up main at 513, `from FIP` the interface's own table at
+600, a /32 route to the pod's host-side veth, the address on the pod's eth0, never on an interface of the
+host.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ def plumb(pod: Pod, ip: str, eni: Eni | None = None) -> None:
         veth = link.link_lookup(ifname=pod.host_ifname)[0]
         link.route("replace", dst=f"{ip}/{bits}", oif=veth, family=family, scope=253 if family == 2 else 0)
         link.rule("add", dst=ip, dst_len=bits, table=TABLE_MAIN, priority=RULE_TO_FLOATING, family=family)
-        link.rule("add", src=ip, src_len=bits, table=eni_table(eni), priority=RULE_FROM_FLOATING, family=family)
+        link.rule(
+            "add", src=ip, src_len=bits, table=eni_table(eni), priority=RULE_FROM_FLOATING, family=family
+        )
 
     def in_pod(link: Any) -> None:
         index = link.link_lookup(ifname="eth0")[0]
@@ -57,7 +60,7 @@ def unplumb(pod: Pod, ip: str) -> None:
 
 
 def announce(host: Host, ip: str, eni: Eni | None = None) -> None:
-    """Say on the wire that `ip` is at this host's interface: gratuitous ARP, or an unsolicited NA for IPv6."""
+    """Say on the wire that `ip` is at this host's interface: gratuitous ARP, or an unsolicited NA for v6."""
     eni = eni or host.eth1
     frame = announcement(ip, bytes.fromhex(eni.mac.replace(":", "")))
 

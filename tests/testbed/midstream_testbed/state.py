@@ -1,8 +1,8 @@
 """What a testbed leaves on the machine while it lives, and how it is taken away after a crash.
 
-Everything carries one prefix (``ms`` + four hex digits): network namespaces under /run/netns, cgroups under every
-controller in use, and a folder under /run/midstream-testbed that names the owner. Links, routes and firewall rules
-are inside the namespaces and end with them; so do the processes' private mounts.
+Everything carries one prefix (``ms`` + four hex digits): network namespaces under /run/netns, cgroups under
+every controller in use, and a folder under /run/midstream-testbed that names the owner. Links, routes and
+firewall rules are inside the namespaces and end with them; so do the processes' private mounts.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from midstream_testbed import kernel
 
 ROOT = Path("/run/midstream-testbed")
 CGROUP_ROOT = Path("/sys/fs/cgroup")
+BPFFS = Path("/sys/fs/bpf")
 KILL_PATIENCE_S = 10.0
 
 
@@ -110,7 +111,8 @@ def _wait_ended(pidfds: list[int], deadline: float) -> None:
 
 
 def remove_tree(tree: Path) -> None:
-    """Remove empty cgroups, children first. A task that is just being reaped keeps its cgroup busy for a moment."""
+    """Remove empty cgroups, children first. A task that is just being reaped keeps its cgroup busy for a
+    moment."""
     deadline = time.monotonic() + KILL_PATIENCE_S
     for folder, _, _ in os.walk(tree, topdown=False):
         while True:
@@ -138,7 +140,18 @@ def sweep(prefix: str) -> None:
                 kernel.drop_netns(path.name)
     for tree in cgroup_trees(prefix):
         remove_tree(tree)
+    for pins in BPFFS.glob(f"{prefix}-*"):  # programs and maps that agents pinned
+        _unpin(pins)
     shutil.rmtree(ROOT / prefix, ignore_errors=True)
+
+
+def _unpin(folder: Path) -> None:
+    for pin in folder.iterdir():
+        if pin.is_dir():
+            _unpin(pin)
+        else:
+            pin.unlink()
+    folder.rmdir()
 
 
 def leftovers() -> list[str]:

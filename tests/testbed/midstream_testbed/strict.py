@@ -1,11 +1,12 @@
 """The firewall rules that make the testbed as strict as EC2 and EKS. Each has a counter that tests read.
 
-Router (EC2): a packet whose source address does not belong to the interface it came in by is dropped. ``fib saddr .
-iif`` asks the routing table, which is the fabric's table, so a moved address is enforced from the same instant.
+Router (EC2): a packet whose source address does not belong to the interface it came in by is dropped. ``fib
+saddr . iif`` asks the routing table, which is the fabric's table, so a moved address is enforced from the
+same instant.
 
-Hosts (EKS): the VPC CNI's SNAT of traffic that leaves the VPC (decided on a connection's first packet, as NAT is:
-a restored flow whose first packet at the target comes from the pod is rewritten), a network policy that lets pods
-answer but not begin, and "ct state invalid drop" as kube-proxy has it.
+Hosts (EKS): the VPC CNI's SNAT of traffic that leaves the VPC (decided on a connection's first packet, as NAT
+is: a restored flow whose first packet at the target comes from the pod is rewritten), a network policy that
+lets pods answer but not begin, and "ct state invalid drop" as kube-proxy has it.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ table ip ms_snat {
   counter snatted { }
   chain postrouting {
     type nat hook postrouting priority srcnat; policy accept;
-    ip daddr != %(vpc4)s oifname != "vlan*" fib daddr type != local counter name snatted snat to %(node4)s random
+    ip daddr %(vpc4)s return
+    oifname != "vlan*" fib daddr type != local counter name snatted snat to %(node4)s random
   }
 }
 """

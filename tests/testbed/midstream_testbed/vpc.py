@@ -5,9 +5,9 @@
         client-in (10.77.0.0/16) -+  (the fabric) +--- eth0  node-b ...
                                                   +--- eth1  node-b
 
-The router forwards by /32 and /128 routes only, one an address, each via the primary address of the interface that
-owns it with a permanent neighbour entry: nothing depends on ARP towards hosts. It answers ARP for everything in the
-subnet, as EC2 does.
+The router forwards by /32 and /128 routes only, one an address, each via the primary address of the interface
+that owns it with a permanent neighbour entry: nothing depends on ARP towards hosts. It answers ARP for
+everything in the subnet, as EC2 does.
 """
 
 from __future__ import annotations
@@ -49,8 +49,14 @@ class Vpc:
     gateway4 = str(next(ipaddress.ip_network(SUBNET4).hosts()))
     gateway6 = LINK_GATEWAY6
 
-    def __init__(self, *, mtu: int = 9001, move_seconds: float = 0.0, strict: bool = True,
-                 cgroup_controllers: tuple[str, ...] = ("pids",)) -> None:  # fmt: skip
+    def __init__(
+        self,
+        *,
+        mtu: int = 9001,
+        move_seconds: float = 0.0,
+        strict: bool = True,
+        cgroup_controllers: tuple[str, ...] = ("pids",),
+    ) -> None:
         self.mtu = mtu
         self.strict = strict
         self.prefix, self.folder = state.claim()
@@ -73,8 +79,14 @@ class Vpc:
             raise
 
     @classmethod
-    def create(cls, *, mtu: int = 9001, move_seconds: float = 0.0, strict: bool = True,
-               cgroup_controllers: tuple[str, ...] = ("pids",)) -> Vpc:  # fmt: skip
+    def create(
+        cls,
+        *,
+        mtu: int = 9001,
+        move_seconds: float = 0.0,
+        strict: bool = True,
+        cgroup_controllers: tuple[str, ...] = ("pids",),
+    ) -> Vpc:
         return cls(mtu=mtu, move_seconds=move_seconds, strict=strict, cgroup_controllers=cgroup_controllers)
 
     def __enter__(self) -> Vpc:
@@ -91,34 +103,38 @@ class Vpc:
     # -- the router
 
     def _prepare_router(self) -> None:
-        self.router.sysctl({
-            "ipv4/ip_forward": 1,
-            "ipv4/conf/all/rp_filter": 0,
-            "ipv4/conf/default/rp_filter": 0,
-            "ipv4/conf/all/send_redirects": 0,
-            "ipv4/conf/default/send_redirects": 0,
-            "ipv4/conf/default/proxy_arp": 1,
-            "ipv4/conf/default/proxy_arp_pvlan": 1,
-            "ipv6/conf/all/forwarding": 1,
-            "ipv6/conf/default/forwarding": 1,
-            "ipv6/conf/default/accept_ra": 0,
-            "ipv6/conf/default/addr_gen_mode": 1,
-        })  # fmt: skip
+        self.router.sysctl(
+            {
+                "ipv4/ip_forward": 1,
+                "ipv4/conf/all/rp_filter": 0,
+                "ipv4/conf/default/rp_filter": 0,
+                "ipv4/conf/all/send_redirects": 0,
+                "ipv4/conf/default/send_redirects": 0,
+                "ipv4/conf/default/proxy_arp": 1,
+                "ipv4/conf/default/proxy_arp_pvlan": 1,
+                "ipv6/conf/all/forwarding": 1,
+                "ipv6/conf/default/forwarding": 1,
+                "ipv6/conf/default/accept_ra": 0,
+                "ipv6/conf/default/addr_gen_mode": 1,
+            }
+        )
         self.router.netlink(lambda ip: bring_up(ip, "lo"))
         self.router.nft(strict.ROUTER_RULES)
 
     def _start_fabric(self) -> Fabric:
         control = self.folder / "fabric.sock"
         package = str(Path(__file__).parent.parent)
-        orphaned = [sys.executable, "-c", "import sys; sys.path.insert(0, sys.argv.pop(1)); "
-                    "from midstream_testbed.__main__ import main; main()", package, "clean", self.prefix]  # fmt: skip
+        orphaned = [sys.executable, "-m", "midstream_testbed", "clean", self.prefix]
         config = json.dumps({"control": str(control), "on_orphaned": orphaned})
         theirs, self._lifeline = os.pipe()
         try:
             daemon = self.router.popen(
                 [sys.executable, "-I", "-S", fabricd.__file__, config],
-                name="fabric", stdin=theirs, stdout=subprocess.PIPE,
-            )  # fmt: skip
+                name="fabric",
+                env={"PYTHONPATH": package},  # for the clean-up that the daemon may have to start
+                stdin=theirs,
+                stdout=subprocess.PIPE,
+            )
         finally:
             os.close(theirs)
         self._daemon: Process = daemon
@@ -131,7 +147,7 @@ class Vpc:
         return "\n".join(path.read_text() for path in self.folder.glob("router.*.fabric.log"))
 
     def spoofed(self) -> dict[str, int]:
-        """Packets dropped because their source was not their interface's: by host interface ("node-a/eth1")."""
+        """Packets dropped since their source was not their interface's: by host interface ("node-a/eth1")."""
         listing = self.router.run(["nft", "-j", "list", "set", "inet", "ms_router", "spoofed"]).stdout
         names = {eni.router_ifname: f"{owner.name}/{eni.name}" for owner, eni in self._plugged()}
         return {names.get(key, key): value for key, value in strict.set_counters(listing).items()}
@@ -146,9 +162,18 @@ class Vpc:
     def plug(self, host: Host, name: str, device_index: int) -> Eni:
         """Attach a new, unconfigured interface to a host."""
         octet = FIRST_HOST + 8 * host.number + device_index
-        eni = self._wire(host, name, _nth(SUBNET4, octet), _nth(SUBNET6, octet), SUBNET4, SUBNET6, device_index)
-        self.fabric.call("add_port", ifindex=eni.router_ifindex, host=host.name, eni=name, mac=eni.mac,
-                         gateway4=eni.ipv4, gateway6=eni.ipv6)  # fmt: skip
+        eni = self._wire(
+            host, name, _nth(SUBNET4, octet), _nth(SUBNET6, octet), SUBNET4, SUBNET6, device_index
+        )
+        self.fabric.call(
+            "add_port",
+            ifindex=eni.router_ifindex,
+            host=host.name,
+            eni=name,
+            mac=eni.mac,
+            gateway4=eni.ipv4,
+            gateway6=eni.ipv6,
+        )
         return eni
 
     def _wire(
@@ -160,8 +185,13 @@ class Vpc:
         gateway4 = _nth(subnet4, 1)
 
         def body(ip: Any) -> int:
-            ip.link("add", ifname=router_ifname, kind="veth", mtu=self.mtu,
-                    peer={"ifname": name, "net_ns_fd": end.netns_fd, "address": mac, "mtu": self.mtu})  # fmt: skip
+            ip.link(
+                "add",
+                ifname=router_ifname,
+                kind="veth",
+                mtu=self.mtu,
+                peer={"ifname": name, "net_ns_fd": end.netns_fd, "address": mac, "mtu": self.mtu},
+            )
             # Namespaces have no neigh/default. EC2 answers at once; Linux would wait up to 0.8 s.
             Path(f"/proc/sys/net/ipv4/neigh/{router_ifname}/proxy_delay").write_text("0")
             index = bring_up(ip, router_ifname)
@@ -173,8 +203,20 @@ class Vpc:
             return index
 
         index = self.router.netlink(body)
-        return Eni(name, mac, ipv4, ipv6, subnet4, subnet6, gateway4, self.gateway6, self.mtu, device_index,
-                   router_ifname, index)  # fmt: skip
+        return Eni(
+            name,
+            mac,
+            ipv4,
+            ipv6,
+            subnet4,
+            subnet6,
+            gateway4,
+            self.gateway6,
+            self.mtu,
+            device_index,
+            router_ifname,
+            index,
+        )
 
     def unplug(self, eni: Eni) -> None:
         """Take a wire away: both ends are gone when this returns."""
@@ -206,7 +248,9 @@ class Vpc:
         octet = (FIRST_INSIDE if in_vpc else FIRST_OUTSIDE) + number
         client = Client(self, name)
         self.clients[name] = client
-        client.configure(self._wire(client, "eth0", _nth(subnet4, octet), _nth(subnet6, octet), subnet4, subnet6, 0))
+        client.configure(
+            self._wire(client, "eth0", _nth(subnet4, octet), _nth(subnet6, octet), subnet4, subnet6, 0)
+        )
         return client
 
     def pod_addresses(self, host_number: int, pod_number: int) -> tuple[str, str]:
@@ -227,8 +271,10 @@ class Vpc:
         self.fabric.call("release", ip=str(ipaddress.ip_address(ip)))
 
     def assign(self, ip: str, host: Host, eni: Eni | None = None) -> None:
-        """Ask for a move as EC2's API would (AssignPrivateIpAddresses); it obeys move_seconds and the hooks."""
-        self.fabric.call("assign", ip=str(ipaddress.ip_address(ip)), ifindex=(eni or host.eth1).router_ifindex)
+        """Ask for a move as EC2's API does (AssignPrivateIpAddresses); the hooks apply."""
+        self.fabric.call(
+            "assign", ip=str(ipaddress.ip_address(ip)), ifindex=(eni or host.eth1).router_ifindex
+        )
 
     # -- the end
 
