@@ -83,9 +83,11 @@ MS_INLINE int ms_absorb(struct __sk_buff *skb, struct ms_pkt *p, const struct ms
 MS_INLINE int ms_stranger(struct __sk_buff *skb, const struct ms_pkt *p)
 {
 	struct ms_addr_ctl *addr;
-	u8 flags = 0;
+	u8 tail[2] = {0, 0}; /* data offset, flags */
+	u8 flags;
 
-	bpf_skb_load_bytes(skb, p->l4 + 13, &flags, 1);
+	ms_load(skb, p->l4 + 12, tail, 2);
+	flags = tail[1];
 	if ((flags & (MS_TCP_SYN | MS_TCP_ACK)) != MS_TCP_SYN)
 		return ms_pass(MS_R_PASS_UNKNOWN);
 	addr = ms_lookup(MS_FD_ADDRS, p->key.local);

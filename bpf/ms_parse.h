@@ -2,8 +2,9 @@
 /*
  * ms_parse.h - from skb to flow key and TCP header.
  *
- * Every read is a bpf_skb_load_bytes: it works on non-linear skbs (GRO and
- * jumbo frames) without pulling data that a passing packet never needed.
+ * Reads work on non-linear skbs (GRO and jumbo frames) without pulling data
+ * that a passing packet never needed: ms_load() looks into the linear part,
+ * and asks bpf_skb_load_bytes for what lies outside it.
  *
  * Two steps, so that traffic that is not ours costs little: ms_parse_flow()
  * finds the addresses and ports; ms_parse_tcp() does the rest for flows that
@@ -28,6 +29,7 @@
 #define MS_EXT_MAX 8
 #define MS_VLAN_MAX 2
 #define MS_OPT_MAX 40
+#define MS_LINEAR_MAX 128 /* offsets the verifier has to follow in the linear part */
 
 #define MS_TCP_FIN 0x01
 #define MS_TCP_SYN 0x02
@@ -53,6 +55,25 @@ struct ms_pkt {
 	u8 egress;   /* the packet leaves: its source is our end */
 };
 
+/*
+ * Reads `len` bytes (constant, even) at `off`. By halfwords: a plain memcpy from the packet becomes single
+ * bytes, as clang must assume any alignment; the verifier allows these where the CPU does.
+ */
+MS_INLINE int ms_load(struct __sk_buff *skb, u32 off, void *dst, u32 len)
+{
+	void *data = (void *)(long)skb->data;
+	void *end = (void *)(long)skb->data_end;
+
+	if (off > MS_LINEAR_MAX || data + off + len > end)
+		return bpf_skb_load_bytes(skb, off, dst, len);
+#pragma unroll
+	for (u32 i = 0; i < len / 4; i++)
+		((u32 *)dst)[i] = ((u32 *)(data + off))[i];
+	if (len % 4)
+		((u16 *)dst)[len / 2 - 1] = ((u16 *)(data + off))[len / 2 - 1];
+	return 0;
+}
+
 MS_INLINE void ms_key_v4(u8 out[16], __be32 addr)
 {
 	u32 *w = (u32 *)out;
@@ -74,7 +95,7 @@ MS_INLINE u16 ms_ethertype(struct __sk_buff *skb, u32 *off)
 	__be16 proto = 0;
 	u32 at = ETH_HLEN;
 
-	if (bpf_skb_load_bytes(skb, ETH_HLEN - 2, &proto, 2) < 0)
+	if (ms_load(skb, ETH_HLEN - 2, &proto, 2) < 0)
 		return 0;
 #pragma unroll
 	for (int i = 0; i < MS_VLAN_MAX; i++) {
@@ -106,7 +127,7 @@ MS_INLINE int ms_parse_v4(struct __sk_buff *skb, struct ms_pkt *p)
 	struct iphdr ip;
 	u32 frag;
 
-	if (bpf_skb_load_bytes(skb, p->l3, &ip, sizeof(ip)) < 0)
+	if (ms_load(skb, p->l3, &ip, sizeof(ip)) < 0)
 		return -1;
 	if (ip.version != 4 || ip.ihl < 5 || ip.protocol != IPPROTO_TCP)
 		return -1;
@@ -164,7 +185,7 @@ MS_INLINE int ms_parse_v6(struct __sk_buff *skb, struct ms_pkt *p)
 {
 	struct ipv6hdr ip;
 
-	if (bpf_skb_load_bytes(skb, p->l3, &ip, sizeof(ip)) < 0 || ip.version != 6)
+	if (ms_load(skb, p->l3, &ip, sizeof(ip)) < 0 || ip.version != 6)
 		return -1;
 	p->l4 = p->l3 + sizeof(ip);
 	p->end = ms_end(skb, p->l4, bpf_ntohs(ip.payload_len));
@@ -190,7 +211,7 @@ MS_INLINE int ms_parse_flow(struct __sk_buff *skb, struct ms_pkt *p)
 		err = ms_parse_v6(skb, p);
 	else
 		err = -1;
-	if (err || bpf_skb_load_bytes(skb, p->l4, &ports, sizeof(ports)) < 0)
+	if (err || ms_load(skb, p->l4, &ports, sizeof(ports)) < 0)
 		return -1;
 	p->key.local_port = p->egress ? ports.source : ports.dest;
 	p->key.remote_port = p->egress ? ports.dest : ports.source;
