@@ -2,8 +2,8 @@
 
 Other parties use clsact too (policy agents, other CNIs). Our filters therefore have a handle of their own,
 take the first priority that will have them (a filter before us that says "ok" would end the chain and let a
-held flow through), and pass packets on to the next filter. Only ours are ever removed, and the qdisc only when
-its last filter is gone and it was us who made it.
+held flow through), and pass packets on to the next filter. Only ours are ever removed, and the qdisc only with
+its last filter and if it was us who made it.
 
 An `Interface` enters the namespace for its lifetime: use it in a thread that may do so.
 """
@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 from midstream_runtime.contract.errors import Final
@@ -20,11 +22,10 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from midstream_agent import netns
-from midstream_agent.bpf import prog_info
 
 INGRESS, EGRESS = 0xFFFFFFF2, 0xFFFFFFF3  # TC_H_CLSACT with TC_H_MIN_INGRESS, TC_H_MIN_EGRESS
-CLSACT = 0xFFFF0000
-HANDLE = 0x4D53
+# The handle says whose the filter is, and whether the qdisc was ours too: that outlives an agent.
+HANDLE, HANDLE_OWN_QDISC = 0x4D53, 0x4D54
 ETH_P_ALL = 3
 PRIORITIES = range(1, 17)
 
@@ -35,6 +36,15 @@ ROLES: dict[str, tuple[tuple[str, int], ...]] = {
 }
 
 close_fd = os.close
+
+
+@dataclass(frozen=True, slots=True)
+class _Ours:
+    """Our filter in one direction."""
+
+    priority: int
+    handle: int
+    name: str
 
 
 class Interface:
@@ -63,18 +73,16 @@ class Interface:
         self._stack.close()
 
     def put(self, name: str, direction: int, prog_fd: int) -> None:
-        """Attach a program, or exchange the one that is there under our handle."""
+        """Attach a program, or exchange the one that is there under our handle, in one step."""
         present = self._ours(direction)
         if present is not None:
-            priority, _, prog_id = present
-            if prog_id != prog_info(prog_fd).id:
-                self._filter("replace-filter", name, direction, priority, prog_fd)
-            return
-        self._add_clsact()
+            # also when it is this very program: pyroute2 0.9 does not decode which one is there
+            return self._filter("replace-filter", name, direction, present.priority, present.handle, prog_fd)
+        handle = HANDLE_OWN_QDISC if self._add_clsact() or self._made_qdisc() else HANDLE
         refused: NetlinkError | None = None
         for priority in PRIORITIES:
             try:
-                return self._filter("add-filter", name, direction, priority, prog_fd)
+                return self._filter("add-filter", name, direction, priority, handle, prog_fd)
             except NetlinkError as e:
                 # a filter of another kind or protocol has this priority
                 if e.code not in (errno.EINVAL, errno.ENOSPC, errno.EEXIST, errno.EOPNOTSUPP, errno.ENOENT):
@@ -82,38 +90,46 @@ class Interface:
                 refused = e
         raise Final("tc_refused", f"{self._ifname}: the kernel takes no BPF filter at priorities 1-16 ({refused})")
 
-    def remove(self, name: str, direction: int) -> None:
-        present = self._ours(direction)
-        if present is not None and present[1] == name:
-            self._ipr.tc(
-                "del-filter", "bpf", self._index, HANDLE, parent=direction, prio=present[0], protocol=ETH_P_ALL
-            )
+    def remove(self, names: Iterable[tuple[str, int]]) -> None:
+        """Take programs off, and the qdisc if we made it and nothing else is on it."""
+        made = self._made_qdisc()
+        for name, direction in names:
+            ours = self._ours(direction)
+            if ours is not None and ours.name == name:
+                self._ipr.tc(
+                    "del-filter", "bpf", self._index, ours.handle, parent=direction, prio=ours.priority,
+                    protocol=ETH_P_ALL,
+                )  # fmt: skip
+        if made and self._has_clsact() and not any(self._filters(d) for d in (INGRESS, EGRESS)):
+            self._ipr.tc("del", "clsact", self._index)
 
-    def remove_empty_clsact(self) -> None:
-        if not self._has_clsact() or any(self._filters(d) for d in (INGRESS, EGRESS)):
-            return
-        self._ipr.tc("del", "clsact", self._index)
-
-    def programs(self) -> dict[str, int]:
+    def programs(self) -> set[str]:
         found = (self._ours(d) for d in (INGRESS, EGRESS))
-        return {name: prog_id for _, name, prog_id in filter(None, found)}
+        return {ours.name for ours in found if ours is not None}
 
     # -- netlink ---------------------------------------------------------------------------------------
 
-    def _filter(self, command: str, name: str, direction: int, priority: int, prog_fd: int) -> None:
+    def _filter(self, command: str, name: str, direction: int, priority: int, handle: int, prog_fd: int) -> None:
         self._ipr.tc(
-            command, "bpf", self._index, HANDLE, parent=direction, prio=priority, protocol=ETH_P_ALL,
+            command, "bpf", self._index, handle, parent=direction, prio=priority, protocol=ETH_P_ALL,
             fd=prog_fd, name=name, direct_action=True,
         )  # fmt: skip
 
-    def _add_clsact(self) -> None:
+    def _add_clsact(self) -> bool:
+        """True if it was not there."""
         if self._has_clsact():
-            return
+            return False
         try:
             self._ipr.tc("add", "clsact", self._index)
         except NetlinkError as e:
             if e.code != errno.EEXIST:
                 raise
+            return False
+        return True
+
+    def _made_qdisc(self) -> bool:
+        found = (self._ours(d) for d in (INGRESS, EGRESS))
+        return any(ours is not None and ours.handle == HANDLE_OWN_QDISC for ours in found)
 
     def _has_clsact(self) -> bool:
         return any(q.get_attr("TCA_KIND") == "clsact" for q in self._ipr.get_qdiscs(index=self._index))
@@ -124,22 +140,12 @@ class Interface:
         found = self._ipr.get_filters(index=self._index, parent=direction)
         return [f for f in found if f.get_attr("TCA_OPTIONS") is not None]
 
-    def _ours(self, direction: int) -> tuple[int, str, int] | None:
-        """(priority, program name, program id) of our filter in a direction."""
+    def _ours(self, direction: int) -> _Ours | None:
         for f in self._filters(direction):
-            if f["handle"] != HANDLE or f.get_attr("TCA_KIND") != "bpf":
+            if f["handle"] not in (HANDLE, HANDLE_OWN_QDISC) or f.get_attr("TCA_KIND") != "bpf":
                 continue
-            options = dict(f.get_attr("TCA_OPTIONS")["attrs"])
-            name = str(options.get("TCA_BPF_NAME", ""))
+            options = f.get_attr("TCA_OPTIONS")
+            name = str(options.get_attr("TCA_BPF_NAME") or "")
             if name.startswith("ms_"):
-                return f["info"] >> 16, name, _program_id(options)
+                return _Ours(f["info"] >> 16, f["handle"], name)
         return None
-
-
-def _program_id(options: dict[str, Any]) -> int:
-    """TCA_BPF_ID (11) is newer than pyroute2's table, which hands it over as unknown bytes."""
-    for key in ("TCA_BPF_ID", "UNKNOWN", 11):
-        value = options.get(key)
-        if isinstance(value, int):
-            return value
-    return 0
