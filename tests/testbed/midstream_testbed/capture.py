@@ -13,6 +13,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 START_PATIENCE_S = 10.0
 HEADERS_SNAPLEN = 160
+REPORT = re.compile(
+    rb"(\d+) packets? captured,?\s+(\d+) packets? received by filter,?\s+(\d+) packets? dropped by kernel"
+)
 
 
 class Capture:
@@ -71,7 +75,7 @@ class Capture:
         )
         self._wait(lambda: b"listening on" in self._stderr)
 
-    def _wait(self, ready: Callable[[], bool]) -> None:
+    def _wait(self, ready: Callable[[], object]) -> None:
         """Read stderr until `ready`."""
         assert self._process.stderr is not None
         deadline = time.monotonic() + START_PATIENCE_S
@@ -87,25 +91,47 @@ class Capture:
     def _text(self) -> str:
         return self._stderr.decode(errors="replace").strip()
 
+    def sync(self) -> None:
+        """Return when the file holds every packet that the kernel had seen when this was called.
+
+        SIGUSR1 makes tcpdump report. "Received by filter" counts what the kernel put in the ring, "captured"
+        what tcpdump took out of it; ending it between the two would lose the difference without a word.
+        """
+        goal: int | None = None
+        while True:
+            seen = len(self._stderr)
+            self._process.send_signal(signal.SIGUSR1)
+            self._wait(partial(self._report, seen))
+            report = self._report(seen)
+            assert report is not None
+            captured, received, dropped = report
+            goal = received - dropped if goal is None else goal
+            if captured >= goal:
+                return
+
+    def _report(self, start: int) -> tuple[int, int, int] | None:
+        """(captured, received by filter, dropped) of the first report after `start`."""
+        found = REPORT.search(self._stderr[start:])
+        return (int(found[1]), int(found[2]), int(found[3])) if found else None
+
     def stop(self) -> list[pcap.Packet]:
         """End the capture and hand back its TCP packets."""
         if self.dropped is None:
+            self.sync()
+            start = len(self._stderr)
             self._process.send_signal(signal.SIGINT)
             self._stderr += self._process.communicate(timeout=60)[1] or b""
-            self.captured = self._count(r"(\d+) packets? captured")
-            self.dropped = self._count(r"(\d+) packets? dropped by kernel")
+            report = self._report(start)
+            if report is None:
+                raise RuntimeError(f"tcpdump left no statistics: {self._text()}")
+            self.captured, _, self.dropped = report
         return self.packets
-
-    def _count(self, pattern: str) -> int:
-        found = re.search(pattern, self._text())
-        if not found:
-            raise RuntimeError(f"tcpdump left no statistics: {self._text()}")
-        return int(found[1])
 
     @property
     def packets(self) -> list[pcap.Packet]:
         """TCP packets of the capture so far; cached once it was stopped."""
         if self.dropped is None:
+            self.sync()
             return pcap.read(self.path)
         if self._packets is None:
             self._packets = pcap.read(self.path)

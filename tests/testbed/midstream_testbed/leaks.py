@@ -100,7 +100,8 @@ def _routes(ip: Any, names: dict[int, str]) -> Iterator[str]:
             if route["flags"] & RTM_F_CLONED or route.get("table") == LOCAL_TABLE:
                 continue
             where = f"via {route.get('gateway')} dev {names.get(route.get('oif'), '?')}"
-            yield f"{route.get('dst')}/{route['dst_len']} {where} table {route.get('table')} family {family:d}"
+            what = f"{route.get('dst')}/{route['dst_len']} family {family:d}"
+            yield f"{what} {where} table {route.get('table')}"
 
 
 def _rule(rule: Any) -> str:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import os
 import subprocess
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pyroute2.netlink.exceptions import NetlinkError  # type: ignore[import-untyped,unused-ignore]
 
 from midstream_testbed import kernel, state, strict
 from midstream_testbed.namespace import Argument, Namespace, Process
@@ -51,6 +55,16 @@ class Eni:
     @property
     def prefix4(self) -> int:
         return int(self.subnet4.rpartition("/")[2])
+
+
+@contextlib.contextmanager
+def absent_is_fine() -> Iterator[None]:
+    """Deleting what a crash or somebody else has already deleted."""
+    try:
+        yield
+    except NetlinkError as error:
+        if error.code not in (errno.ENOENT, errno.ESRCH, errno.EADDRNOTAVAIL, errno.ENODEV):
+            raise
 
 
 def bring_up(ip: Any, ifname: str, mtu: int | None = None) -> int:
@@ -381,4 +395,5 @@ class Pod(Namespace):
         for index in ip.link_lookup(ifname=self.host_ifname):
             ip.link("del", index=index)
         for address, bits, family in ((self.ipv4, 32, 2), (self.ipv6, 128, 10)):
-            ip.flush_rules(family=family, dst=address, dst_len=bits, priority=RULE_TO_POD)
+            with absent_is_fine():
+                ip.rule("del", dst=address, dst_len=bits, priority=RULE_TO_POD, family=family)

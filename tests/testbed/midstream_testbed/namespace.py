@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import socket
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,10 @@ CONTAINER_CAPABILITIES = """chown dac_override fowner fsetid kill setgid setuid 
 net_raw sys_chroot mknod audit_write setfcap""".split()  # noqa: SIM905
 
 
+def family_of(ip: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in ip else socket.AF_INET
+
+
 def confinement(privileged: bool, uid: int | None) -> list[str]:
     """Command prefix that takes away what a container would not have."""
     user = [] if uid is None else [f"--reuid={uid}", f"--regid={uid}", "--clear-groups"]
@@ -45,6 +50,20 @@ class Process(subprocess.Popen[bytes]):
 
     def output(self) -> str:
         return self.log.read_text(errors="replace") if self.log else ""
+
+
+def _route_congestion_control(ip: Any, name: str) -> None:
+    for family in (socket.AF_INET, socket.AF_INET6):
+        for route in ip.get_default_routes(family=family):
+            ip.route(
+                "replace",
+                dst="default",
+                gateway=route.get("gateway"),
+                oif=route.get("oif"),
+                priority=route.get("priority"),
+                family=family,
+                metrics={"cc_algo": name},
+            )
 
 
 class Namespace:
@@ -104,11 +123,47 @@ class Namespace:
         """A file of the namespace's /proc/net."""
         return self.inside(lambda: Path("/proc/thread-self/net", name).read_text())
 
+    def new_socket(
+        self, family: int = socket.AF_INET, kind: int = socket.SOCK_STREAM, proto: int = 0
+    ) -> socket.socket:
+        """A socket of this namespace, for use in the calling process."""
+        return self.inside(lambda: socket.socket(family, kind, proto))
+
+    def listen(self, ip: str, port: int = 0) -> socket.socket:
+        """A TCP listener in this namespace."""
+        sock = self.new_socket(family_of(ip))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((ip, port))
+        sock.listen(128)
+        return sock
+
+    def connect(self, ip: str, port: int, timeout_s: float = 5.0) -> socket.socket:
+        """A TCP connection from this namespace; its timeout is off again when this returns."""
+        sock = self.new_socket(family_of(ip))
+        try:
+            sock.settimeout(timeout_s)
+            sock.connect((ip, port))
+        except BaseException:
+            sock.close()
+            raise
+        sock.settimeout(None)
+        return sock
+
+    def send_frame(self, interface: str, frame: bytes) -> None:
+        """One Ethernet frame out of an interface, as it is."""
+        with self.new_socket(socket.AF_PACKET, socket.SOCK_RAW) as sock:
+            sock.bind((interface, 0))
+            sock.send(frame)
+
     def nft(self, rules: str) -> None:
         self.run(["nft", "-f", "-"], input=rules)
 
     def set_congestion_control(self, name: str) -> None:
-        self.sysctl({"ipv4/tcp_congestion_control": name})
+        """Default of new connections. By route as well, since an algorithm that the machine does not list in
+        tcp_allowed_congestion_control can be set no other way: sockets have it once they are connected."""
+        self.netlink(lambda ip: _route_congestion_control(ip, name))
+        with contextlib.suppress(PermissionError):
+            self.sysctl({"ipv4/tcp_congestion_control": name})
 
     # -- processes
 

@@ -12,7 +12,7 @@ import socket
 import struct
 from typing import Any
 
-from midstream_testbed.machine import IFA_F_NODAD, TABLE_MAIN, Eni, Host, Pod, eni_table
+from midstream_testbed.machine import IFA_F_NODAD, TABLE_MAIN, Eni, Host, Pod, absent_is_fine, eni_table
 
 RULE_TO_FLOATING, RULE_FROM_FLOATING = 513, 600
 
@@ -29,7 +29,13 @@ def plumb(pod: Pod, ip: str, eni: Eni | None = None) -> None:
 
     def on_host(link: Any) -> None:
         veth = link.link_lookup(ifname=pod.host_ifname)[0]
-        link.route("replace", dst=f"{ip}/{bits}", oif=veth, family=family, scope=253 if family == 2 else 0)
+        link.route(
+            "replace",
+            dst=f"{ip}/{bits}",
+            oif=veth,
+            family=family,
+            scope=253 if family == socket.AF_INET else 0,
+        )
         link.rule("add", dst=ip, dst_len=bits, table=TABLE_MAIN, priority=RULE_TO_FLOATING, family=family)
         link.rule(
             "add", src=ip, src_len=bits, table=eni_table(eni), priority=RULE_FROM_FLOATING, family=family
@@ -45,15 +51,20 @@ def plumb(pod: Pod, ip: str, eni: Eni | None = None) -> None:
 
 
 def unplumb(pod: Pod, ip: str) -> None:
+    """Take away what `plumb` made; what is not there is no error."""
     bits, family = _bits_family(ip)
 
     def on_host(link: Any) -> None:
-        link.flush_rules(family=family, dst=ip, dst_len=bits, priority=RULE_TO_FLOATING)
-        link.flush_rules(family=family, src=ip, src_len=bits, priority=RULE_FROM_FLOATING)
-        link.flush_routes(family=family, dst=f"{ip}/{bits}", table=TABLE_MAIN)
+        with absent_is_fine():
+            link.rule("del", dst=ip, dst_len=bits, priority=RULE_TO_FLOATING, family=family)
+        with absent_is_fine():
+            link.rule("del", src=ip, src_len=bits, priority=RULE_FROM_FLOATING, family=family)
+        with absent_is_fine():
+            link.route("del", dst=f"{ip}/{bits}", family=family, scope=253 if family == socket.AF_INET else 0)
 
     def in_pod(link: Any) -> None:
-        link.flush_addr(index=link.link_lookup(ifname="eth0")[0], address=ip)
+        with absent_is_fine():
+            link.addr("del", index=link.link_lookup(ifname="eth0")[0], address=ip, prefixlen=bits)
 
     pod.host.netlink(on_host)
     pod.netlink(in_pod)
@@ -62,14 +73,7 @@ def unplumb(pod: Pod, ip: str) -> None:
 def announce(host: Host, ip: str, eni: Eni | None = None) -> None:
     """Say on the wire that `ip` is at this host's interface: gratuitous ARP, or an unsolicited NA for v6."""
     eni = eni or host.eth1
-    frame = announcement(ip, bytes.fromhex(eni.mac.replace(":", "")))
-
-    def send() -> None:
-        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as sock:
-            sock.bind((eni.name, 0))
-            sock.send(frame)
-
-    host.inside(send)
+    host.send_frame(eni.name, announcement(ip, bytes.fromhex(eni.mac.replace(":", ""))))
 
 
 def announcement(ip: str, mac: bytes) -> bytes:

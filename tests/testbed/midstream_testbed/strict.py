@@ -26,6 +26,24 @@ table inet ms_router {
 }
 """
 
+# A tracked security group: each floating interface has a connection table of its own (a conntrack zone), and
+# a packet in mid-stream of a connection that the interface never saw begin is dropped, whichever way it goes.
+TRACKED_TABLE = """
+table inet ms_group {
+  counter unknown_flow { }
+  chain zones { type filter hook prerouting priority -299; policy accept; }
+  chain verdict {
+    type filter hook forward priority filter; policy accept;
+    ct zone 0 accept
+    ct state invalid counter name unknown_flow drop
+  }
+}
+"""
+TRACKED_PORT = """
+insert rule inet ms_group zones iifname "%(port)s" ct zone set %(zone)d
+insert rule inet ms_group zones fib daddr oif "%(port)s" ct zone set %(zone)d
+"""
+
 HOST_RULES = """
 table inet ms_strict {
   set may_connect { type ifname; }

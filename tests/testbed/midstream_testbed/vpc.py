@@ -29,6 +29,7 @@ from midstream_testbed.machine import (
     IFA_F_NODAD,
     LINK_GATEWAY6,
     NUD_PERMANENT,
+    RTNH_F_ONLINK,
     Client,
     Eni,
     Host,
@@ -37,13 +38,18 @@ from midstream_testbed.machine import (
 from midstream_testbed.namespace import Namespace, Process
 
 SUBNET4, SUBNET6 = "10.77.0.0/16", "fd77::/64"
-OUTSIDE4, OUTSIDE6 = "198.18.0.0/24", "fdc1::/64"
+INSIDE = (SUBNET4, SUBNET6)
+OUTSIDE = ("198.18.0.0/24", "fdc1::/64")
 FIRST_HOST, FIRST_INSIDE, FIRST_OUTSIDE = 10, 200, 10  # last octets
-POD_BLOCK = 16  # pods of host N are 10.77.(16+N).x
+FIRST_POD_BLOCK = 16  # pods of host N are 10.77.(16+N).x
 
 
 class Vpc:
-    """Everything of one testbed. Use it as a context manager; `close` may be called again."""
+    """Everything of one testbed. Use it as a context manager; `close` may be called again.
+
+    `strict` gives the hosts EKS's firewall rules and rp_filter. `tracked_security_group` makes the group of
+    the floating interfaces of the tracked kind. `cgroup_controllers` matters on cgroup v1 only.
+    """
 
     subnet4, subnet6 = SUBNET4, SUBNET6
     gateway4 = str(next(ipaddress.ip_network(SUBNET4).hosts()))
@@ -55,9 +61,11 @@ class Vpc:
         mtu: int = 9001,
         move_seconds: float = 0.0,
         strict: bool = True,
+        tracked_security_group: bool = False,
         cgroup_controllers: tuple[str, ...] = ("pids",),
     ) -> None:
         self.mtu = mtu
+        self.tracked_security_group = tracked_security_group
         self.strict = strict
         self.prefix, self.folder = state.claim()
         self._cgroup_bases = state.cgroup_bases(cgroup_controllers)
@@ -79,15 +87,8 @@ class Vpc:
             raise
 
     @classmethod
-    def create(
-        cls,
-        *,
-        mtu: int = 9001,
-        move_seconds: float = 0.0,
-        strict: bool = True,
-        cgroup_controllers: tuple[str, ...] = ("pids",),
-    ) -> Vpc:
-        return cls(mtu=mtu, move_seconds=move_seconds, strict=strict, cgroup_controllers=cgroup_controllers)
+    def create(cls, **options: Any) -> Vpc:
+        return cls(**options)
 
     def __enter__(self) -> Vpc:
         return self
@@ -120,6 +121,9 @@ class Vpc:
         )
         self.router.netlink(lambda ip: bring_up(ip, "lo"))
         self.router.nft(strict.ROUTER_RULES)
+        if self.tracked_security_group:
+            self.router.nft(strict.TRACKED_TABLE)
+            self.router.sysctl({"netfilter/nf_conntrack_tcp_loose": 0})
 
     def _start_fabric(self) -> Fabric:
         control = self.folder / "fabric.sock"
@@ -161,40 +165,36 @@ class Vpc:
 
     def plug(self, host: Host, name: str, device_index: int) -> Eni:
         """Attach a new, unconfigured interface to a host."""
-        octet = FIRST_HOST + 8 * host.number + device_index
-        eni = self._wire(
-            host, name, _nth(SUBNET4, octet), _nth(SUBNET6, octet), SUBNET4, SUBNET6, device_index
-        )
-        self.fabric.call(
-            "add_port",
-            ifindex=eni.router_ifindex,
-            host=host.name,
-            eni=name,
-            mac=eni.mac,
-            gateway4=eni.ipv4,
-            gateway6=eni.ipv6,
-        )
+        eni = self._wire(host, name, INSIDE, FIRST_HOST + 8 * host.number + device_index, device_index)
+        if device_index == 0:
+            self.router.netlink(lambda ip: _route_pods(ip, host.number, eni))
+        described: dict[str, Any] = {
+            "ifindex": eni.router_ifindex,
+            "host": host.name,
+            "eni": name,
+            "mac": eni.mac,
+        }
+        self.fabric.call("add_port", **described, gateway4=eni.ipv4, gateway6=eni.ipv6)
+        if self.tracked_security_group and device_index:
+            self.router.nft(strict.TRACKED_PORT % {"port": eni.router_ifname, "zone": eni.router_ifindex})
         return eni
 
     def _wire(
-        self, end: Namespace, name: str, ipv4: str, ipv6: str, subnet4: str, subnet6: str, device_index: int
+        self, end: Namespace, name: str, subnets: tuple[str, str], octet: int, device_index: int = 0
     ) -> Eni:
+        """A veth pair between the router and `end`, with what the router needs to know of it."""
         number = next(self._wires)
-        router_ifname = f"w{number}"
+        ifname = f"w{number}"
         mac = f"02:77:{number >> 8:02x}:{number & 255:02x}:00:01"
-        gateway4 = _nth(subnet4, 1)
+        ipv4, ipv6 = (_nth(subnet, octet) for subnet in subnets)
+        gateway4 = _nth(subnets[0], 1)
 
         def body(ip: Any) -> int:
-            ip.link(
-                "add",
-                ifname=router_ifname,
-                kind="veth",
-                mtu=self.mtu,
-                peer={"ifname": name, "net_ns_fd": end.netns_fd, "address": mac, "mtu": self.mtu},
-            )
+            peer = {"ifname": name, "net_ns_fd": end.netns_fd, "address": mac, "mtu": self.mtu}
+            ip.link("add", ifname=ifname, kind="veth", mtu=self.mtu, peer=peer)
             # Namespaces have no neigh/default. EC2 answers at once; Linux would wait up to 0.8 s.
-            Path(f"/proc/sys/net/ipv4/neigh/{router_ifname}/proxy_delay").write_text("0")
-            index = bring_up(ip, router_ifname)
+            Path(f"/proc/sys/net/ipv4/neigh/{ifname}/proxy_delay").write_text("0")
+            index = bring_up(ip, ifname)
             ip.addr("add", index=index, address=gateway4, prefixlen=32)
             ip.addr("add", index=index, address=self.gateway6, prefixlen=64, flags=IFA_F_NODAD)
             for address, bits, family in ((ipv4, 32, 2), (ipv6, 128, 10)):
@@ -203,20 +203,8 @@ class Vpc:
             return index
 
         index = self.router.netlink(body)
-        return Eni(
-            name,
-            mac,
-            ipv4,
-            ipv6,
-            subnet4,
-            subnet6,
-            gateway4,
-            self.gateway6,
-            self.mtu,
-            device_index,
-            router_ifname,
-            index,
-        )
+        gateways = (gateway4, self.gateway6)
+        return Eni(name, mac, ipv4, ipv6, *subnets, *gateways, self.mtu, device_index, ifname, index)
 
     def unplug(self, eni: Eni) -> None:
         """Take a wire away: both ends are gone when this returns."""
@@ -244,17 +232,14 @@ class Vpc:
 
     def client(self, name: str = "client", *, in_vpc: bool = False) -> Client:
         number = next(self._client_numbers)
-        subnet4, subnet6 = (SUBNET4, SUBNET6) if in_vpc else (OUTSIDE4, OUTSIDE6)
         octet = (FIRST_INSIDE if in_vpc else FIRST_OUTSIDE) + number
         client = Client(self, name)
         self.clients[name] = client
-        client.configure(
-            self._wire(client, "eth0", _nth(subnet4, octet), _nth(subnet6, octet), subnet4, subnet6, 0)
-        )
+        client.configure(self._wire(client, "eth0", INSIDE if in_vpc else OUTSIDE, octet))
         return client
 
     def pod_addresses(self, host_number: int, pod_number: int) -> tuple[str, str]:
-        offset = (POD_BLOCK + host_number) * 256 + pod_number
+        offset = _pod_block(host_number) + pod_number
         return _nth(SUBNET4, offset), _nth(SUBNET6, offset)
 
     # -- addresses
@@ -298,3 +283,15 @@ class Vpc:
 
 def _nth(subnet: str, offset: int) -> str:
     return str(ipaddress.ip_network(subnet)[offset])
+
+
+def _pod_block(host_number: int) -> int:
+    return (FIRST_POD_BLOCK + host_number) * 256
+
+
+def _route_pods(ip: Any, host_number: int, eni: Eni) -> None:
+    """A host's pod addresses belong to its primary interface as one prefix, as EKS delegates prefixes."""
+    index = eni.router_ifindex
+    for subnet, bits, gateway, family in ((SUBNET4, 24, eni.ipv4, 2), (SUBNET6, 120, eni.ipv6, 10)):
+        block = f"{_nth(subnet, _pod_block(host_number))}/{bits}"
+        ip.route("add", dst=block, gateway=gateway, oif=index, family=family, flags=RTNH_F_ONLINK)
