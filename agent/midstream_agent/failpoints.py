@@ -7,6 +7,9 @@ Every step of the saga passes `point("<side>.<STEP>.<do|undo>.<before|after>")`.
 Actions: `kill` (SIGKILL to this process), `error` (a retryable failure), `hang` (wait until cancelled),
 `delay:<ms>`. A failpoint fires once, unless its action ends in `*`. Before it acts it appends its name to
 the file $MIDSTREAM_FAILPOINT_LOG, so that a test can assert where it killed. Nothing is armed by default.
+
+A running agent can be armed too: where $MIDSTREAM_FAILPOINT_FILE is set, each failpoint takes up what that file says
+and removes it.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ def names() -> list[str]:
 
 async def point(name: str) -> None:
     """Act on the failpoint `name` if it is armed."""
+    _take_up_file()
     action = _armed.get(name)
     if action is None:
         return
@@ -49,6 +53,14 @@ async def point(name: str) -> None:
     if kind == "hang":
         await asyncio.Event().wait()
     await asyncio.sleep(float(value) / 1000)
+
+
+def _take_up_file() -> None:
+    path = os.environ.get("MIDSTREAM_FAILPOINT_FILE")
+    if path and os.path.exists(path):
+        with open(path, encoding="ascii") as f:
+            arm(f.read())
+        os.unlink(path)
 
 
 def _log(name: str) -> None:

@@ -244,6 +244,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     load = commands.add_parser("load", help="compile the programs and pin them with their maps; keeps existing maps")
     load.add_argument("--without-hold", action="store_true", help="programs that pass everything (control for tests)")
+    load.add_argument("--sources", type=Path, metavar="DIR", help="compile these instead of the ones that came along")
     commands.add_parser("unload", help="remove the pins; filters that are attached keep their programs")
     commands.add_parser("show", help="counters and programs, as JSON")
     for command in commands.choices.values():
@@ -265,7 +266,7 @@ def _run(args: argparse.Namespace) -> int:
     from midstream_agent import hold_load  # not in the agent's process: it loads LLVM
 
     if args.command == "load":
-        hold_load.load(args.bpffs, without_hold=args.without_hold)
+        hold_load.load(args.bpffs, args.sources, args.without_hold)
     else:
         hold_load.unload(args.bpffs)
     return 0

@@ -43,13 +43,14 @@ BPF_FS_MAGIC = 0xCAFE4A11
 ARCH = {"x86_64": "x86", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
 
 
-def load(bpffs: Path, without_hold: bool = False) -> None:
+def load(bpffs: Path, folder: Path | None = None, without_hold: bool = False) -> None:
     """Compile and pin. Safe to repeat, also while flows are held."""
     bcc = import_bcc()
     headers = find_headers()
+    folder = folder or sources()
     prepare_folder(bpffs)
     maps = {spec.name: open_map(bpffs, spec) for spec in MAPS}
-    for name, fd in compile_programs(bcc, headers, maps, without_hold).items():
+    for name, fd in compile_programs(bcc, headers, folder, maps, without_hold).items():
         obj_pin(fd, bpffs / name)
 
 
@@ -214,11 +215,12 @@ def sources() -> Path:
     raise Final("no_bpf_sources", f"midstream.c is neither in {here / '_bpf'} nor in the checkout's bpf/")
 
 
-def compile_programs(bcc: ModuleType, headers: Headers, maps: dict[str, int], without_hold: bool) -> dict[str, int]:
+def compile_programs(
+    bcc: ModuleType, headers: Headers, folder: Path, maps: dict[str, int], without_hold: bool
+) -> dict[str, int]:
     """name -> descriptor of a loaded program."""
     if headers.source is not None:
         os.environ["BCC_KERNEL_SOURCE"] = str(headers.source)
-    folder = sources()
     flags = [f"-I{folder}", *headers.cflags(), *_defines(maps)]
     if without_hold:
         flags.append("-DMS_WITHOUT_HOLD")

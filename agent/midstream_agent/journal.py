@@ -1,10 +1,11 @@
 """The journal of one job on one node: what was intended and decided, written before it is done.
 
 It guards against crashes of the agent, not of the node: files are keyed by the kernel's boot id, and a
-journal of another boot is history (its sockets and holds are gone with the kernel that held them).
+journal of another boot is history (its sockets and holds are gone with the kernel that held them). So a write only
+has to reach the kernel, which keeps it when this process is killed; nothing waits for a disk while clients wait.
 
-One JSON object a line. `intent` and `done` lines tell how far a step came; `decision` lines are the ones
-that design.md section 5 speaks of and are flushed to the disk before the act they announce:
+One JSON object a line, written with one write(2). `intent` and `done` lines tell how far a step came; `decision`
+lines are the ones that docs/architecture.md rules by, and come before the act they announce:
 
     source: SENT, then COMMIT or ABORT, then RELEASED
     target: RESTORED, then ACTIVATED or DISCARDED
@@ -37,7 +38,7 @@ class Journal:
         """Begin the journal of `job_id`; `facts` must hold all that a restarted agent needs."""
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         journal = cls(folder / f"{side}-{job_id}.jsonl", [])
-        journal._write({"kind": "begin", "side": side, "job": job_id, **facts}, sync=True)
+        journal._write({"kind": "begin", "side": side, "job": job_id, **facts})
         return journal
 
     @classmethod
@@ -59,9 +60,9 @@ class Journal:
         self._write({"kind": "done", "step": step, "action": action})
 
     def decide(self, decision: str, **data: Any) -> None:
-        """Write a decision and have it on the disk before returning. bytes are stored as base64."""
+        """Write a decision before the act that follows from it. bytes are stored as base64."""
         body = {k: _pack(v) for k, v in data.items()}
-        self._write({"kind": "decision", "decision": decision, **body}, sync=True)
+        self._write({"kind": "decision", "decision": decision, **body})
 
     def decided(self, decision: str) -> dict[str, Any] | None:
         """The data of `decision` if it was written."""
@@ -89,19 +90,9 @@ class Journal:
         for path in self.path.parent.glob(self.path.stem + ".*"):
             path.unlink(missing_ok=True)
 
-    def _write(self, line: dict[str, Any], sync: bool = False) -> None:
+    def _write(self, line: dict[str, Any]) -> None:
         self.lines.append(line)
         self._file.write(json.dumps({"at": round(time.time(), 6), **line}).encode() + b"\n")
-        if sync:
-            os.fdatasync(self._file.fileno())
-
-
-def write_blob(path: Path, data: bytes) -> None:
-    """Write `data` and have it on the disk before returning."""
-    with open(path, "wb") as out:
-        out.write(data)
-        out.flush()
-        os.fdatasync(out.fileno())
 
 
 def journals(folder: Path, side: str) -> Iterator[Path]:

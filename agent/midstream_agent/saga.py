@@ -96,11 +96,19 @@ async def run(steps: tuple[Step[C], ...], ctx: C, clock: Clock) -> None:
         try:
             ctx.check_abort()
             await _act(step, "do", step.do, ctx, clock)
-        except (MidstreamError, OSError) as e:
-            cause = e if isinstance(e, MidstreamError) else Final("os_error", f"{type(e).__name__}: {e}")
+        except Exception as e:
+            # also what nobody foresaw must be undone: clients would stay held otherwise
+            cause = _named(e)
             ctx.note(step.name, "failed", str(cause))
             await roll_back(steps[: i + 1], ctx, clock)
             raise Failed(step.name, cause) from e
+
+
+def _named(e: Exception) -> MidstreamError:
+    if isinstance(e, MidstreamError):
+        return e
+    log.error("unforeseen failure", exc_info=e)
+    return Final("os_error" if isinstance(e, OSError) else "internal", f"{type(e).__name__}: {e}")
 
 
 async def roll_back(steps: tuple[Step[C], ...], ctx: C, clock: Clock) -> None:
@@ -111,7 +119,7 @@ async def roll_back(steps: tuple[Step[C], ...], ctx: C, clock: Clock) -> None:
             continue
         try:
             await _until_done(step, "undo", step.undo, ctx, clock)
-        except (MidstreamError, OSError) as e:
+        except Exception as e:
             # the other undos matter as much: clients wait behind each of them
             log.exception("undo of %s failed", step.name)
             ctx.note(step.name, "undo failed", str(e))
@@ -134,7 +142,7 @@ async def _until_done(
     while True:
         try:
             return await _act(step, action, call, ctx, clock)
-        except Retryable as e:
+        except (Retryable, OSError) as e:
             ctx.note(step.name, "retry", f"{action}: {e}")
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, 2.0)

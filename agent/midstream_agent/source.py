@@ -20,7 +20,7 @@ from midstream_agent import pods, tcp
 from midstream_agent.contract import agent_pb2 as pb
 from midstream_agent.handoff import HandoffClient
 from midstream_agent.hold import ADDR_LEAVING, FLOW_FROZEN, FLOW_HELD, FLOW_MOVED
-from midstream_agent.journal import Journal, write_blob
+from midstream_agent.journal import Journal
 from midstream_agent.kv import Geometry, PoolView
 from midstream_agent.node import Attached, Node
 from midstream_agent.peer import PeerSession
@@ -425,7 +425,7 @@ async def commit(job: SourceJob) -> None:
     """The point of no return: journalled, then said until it is answered."""
     notes_path = job.journal.blob_path("notes")
     if job.journal.decided("COMMIT") is None:
-        write_blob(notes_path, job.node.hold.read_notes(job.keys, job.streams))
+        notes_path.write_bytes(job.node.hold.read_notes(job.keys, job.streams))
         job.journal.decide("COMMIT", keys=job.keys, addresses=job.addresses)
         job.report.point_of_no_return_ms = job.clock.now_ms()
     job.phase(pb.PHASE_COMMITTING)

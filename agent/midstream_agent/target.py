@@ -26,7 +26,7 @@ from midstream_agent import failpoints, peer, pods, tcp
 from midstream_agent.contract import agent_pb2 as pb
 from midstream_agent.handoff import HandoffClient
 from midstream_agent.hold import FLOW_HELD
-from midstream_agent.journal import Journal, journals, write_blob
+from midstream_agent.journal import Journal, journals
 from midstream_agent.kv import Geometry, PoolView
 from midstream_agent.node import Attached, Node
 
@@ -210,7 +210,7 @@ class TargetJob:
                 "source_boot_id": self.source_boot_id,
             },
         )
-        write_blob(self.journal.blob_path("checkpoints"), req.checkpoints)
+        self.journal.blob_path("checkpoints").write_bytes(req.checkpoints)
         self.journal.decide(RESTORED)
 
     # -- MOVE_ADDRESS ----------------------------------------------------------------------------------

@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from midstream_testbed.certs import OPERATOR, Authority
 from midstream_testbed.machine import Client, Host, Pod
@@ -40,6 +42,21 @@ class Agent:
     state_dir: Path
     process: Process
     env: dict[str, str]
+
+    @property
+    def failpoint_log(self) -> Path:
+        return Path(self.env["MIDSTREAM_FAILPOINT_LOG"])
+
+    def arm(self, failpoints: str) -> None:
+        """Arm failpoints in the running agent: taken up when it passes the next one."""
+        path = Path(self.env["MIDSTREAM_FAILPOINT_FILE"])
+        tmp = path.with_suffix(".new")
+        tmp.write_text(failpoints, encoding="ascii")
+        tmp.rename(path)
+
+    def fired(self) -> list[str]:
+        """Failpoints that have fired so far, in order."""
+        return self.failpoint_log.read_text().split() if self.failpoint_log.exists() else []
 
     @property
     def log(self) -> str:
@@ -105,6 +122,11 @@ class Fleet:
             "--nic", eni.name, "--nic-gateway-v4", eni.gateway4, "--nic-gateway-v6", eni.gateway6,
             "--mtu", str(self.vpc.mtu), "--boot-id", f"{self.vpc.prefix}-{host.name}-boot-1", *options,
         ]  # fmt: skip
+        env = {
+            "MIDSTREAM_FAILPOINT_FILE": str(self.folder / f"{host.name}.failpoints"),
+            "MIDSTREAM_FAILPOINT_LOG": str(self.folder / f"{host.name}.fired"),
+            **env,
+        }
         process = self._spawn_agent(host, argv, env)
         agent = Agent(host, argv, bpffs, state_dir, process, env)
         self.agents[host.name] = agent
@@ -125,7 +147,7 @@ class Fleet:
 
     def restart_agent(self, agent: Agent, *options: str, **env: str) -> None:
         """Start the agent again after it died or was killed: same journal, same pins, same boot."""
-        agent.process = self._spawn_agent(agent.host, [*agent.argv, *options], env)
+        agent.process = self._spawn_agent(agent.host, [*agent.argv, *options], {**agent.env, **env})
 
     # -- pods ------------------------------------------------------------------------------------------
 
@@ -165,6 +187,14 @@ class Fleet:
         tls = {"ca": "tls/ca.pem", "cert": f"tls/{OPERATOR}.pem", "key": f"tls/{OPERATOR}.key"}
         nodes = {name: {"endpoint": a.endpoint} for name, a in self.agents.items()}
         self.inventory.write_text(json.dumps({"tls": tls, "nodes": nodes, "pods": pods}), encoding="utf-8")
+
+    def migrate(self, pod: str, to: str, *options: str, timeout_s: float = 120) -> dict[str, Any]:
+        """`midstream migrate`; the job's report, whatever its outcome. RuntimeError when there is none."""
+        report = self.folder / f"report-{secrets.token_hex(4)}.json"
+        done = self.cli("migrate", pod, "--to", to, "--report", str(report), *options, timeout_s=timeout_s)
+        if not report.exists():
+            raise RuntimeError(f"no report of the migration:\n{done.stdout}\n{done.stderr}")
+        return {"exit": done.returncode, "output": done.stdout, **json.loads(report.read_text(encoding="utf-8"))}
 
     # -- the operator's hand -----------------------------------------------------------------------------
 
