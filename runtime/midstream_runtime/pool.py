@@ -1,9 +1,8 @@
 """The engine's side of the KV pool: allocation, index writes, torch views of the slots.
 
-One process and one thread owns a `KvPool`. The model's KV pages are the slots themselves: `rows()` is a torch view of the
-mapping, written by the decoder and read by agents through the memfd without any copy in between. Layout and rules for the
-other readers are in midstream_runtime.contract.pool.
-"""
+One process and one thread owns a `KvPool`. The model's KV pages are the slots themselves: `rows()` is a torch
+view of the mapping, written by the decoder and read by agents through the memfd without any copy in between.
+Layout and rules for the other readers are in midstream_runtime.contract.pool."""
 
 from __future__ import annotations
 
@@ -35,10 +34,12 @@ _NO_HASH, _NO_CHECKSUM = bytes(32), bytes(16)
 
 
 class KvPool:
-    """Slots of one memfd. Slot numbers are handed out oldest freed first, so late readers meet their own epoch longest."""
+    """Slots of one memfd. Slot numbers are handed out oldest freed first, so late readers meet their own
+    epoch longest."""
 
     def __init__(self, layout: PoolLayout, *, populate: bool = True) -> None:
-        """Raises OSError when the memory is not there. `populate`: take all pages now instead of in the middle of a step."""
+        """Raises OSError when the memory is not there. `populate`: take all pages now instead of in the
+        middle of a step."""
         self.layout = layout
         self.fd = os.memfd_create("midstream-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.fd, layout.total_bytes)
@@ -66,8 +67,9 @@ class KvPool:
         return len(self._free)
 
     def rows(self) -> torch.Tensor:
-        """All slots as [slots * layers * 2 * kv_heads * block_tokens, head_dim], over the shared memory itself."""
-        return self._slots.view(-1, self.layout.head_dim)
+        """All slots as [slots * layers * 2 * block_tokens, kv_heads * head_dim], over the shared memory
+        itself."""
+        return self._slots.view(-1, self.layout.kv_heads * self.layout.head_dim)
 
     def allocate(self, count: int) -> list[int]:
         """Zeroed OPEN slots, or Retryable('pool_full') and none."""
@@ -88,7 +90,10 @@ class KvPool:
     def adopt(self, slots: Sequence[int]) -> None:
         """Reserved slots become a request's; refuses a slot that was not reserved, or is named twice."""
         if len(set(slots)) != len(slots) or not self._reserved.issuperset(slots):
-            raise Final("kv_not_reserved", f"KV slots {list(slots)[:8]} were not reserved: reserve slots, fill, then resume")
+            raise Final(
+                "kv_not_reserved",
+                f"KV slots {list(slots)[:8]} were not reserved: reserve slots, fill, then resume",
+            )
         self._reserved.difference_update(slots)
         for slot in slots:
             self._write(slot, SlotState.OPEN, 0)
@@ -120,17 +125,24 @@ class KvPool:
 
     def _take(self, count: int) -> list[int]:
         if count > len(self._free):
-            raise Retryable("pool_full", f"the KV pool has {len(self._free)} free slots, {count} are needed: raise --pool-slots")
+            raise Retryable(
+                "pool_full",
+                f"the KV pool has {len(self._free)} free slots, {count} are needed: raise --pool-slots",
+            )
         slots = [self._free.popleft() for _ in range(count)]
         for slot in slots:
             self._epoch[slot] += 1
         return slots
 
-    def _write(self, slot: int, state: SlotState, filled: int, name: bytes = _NO_HASH, digest: bytes = _NO_CHECKSUM) -> None:
+    def _write(
+        self, slot: int, state: SlotState, filled: int, name: bytes = _NO_HASH, digest: bytes = _NO_CHECKSUM
+    ) -> None:
         """Index entry under its sequence lock: odd while it changes."""
         at = HEADER_BYTES + slot * ENTRY_BYTES
         sequence = int.from_bytes(self._map[at : at + 4], "little")
         self._map[at : at + 4] = ((sequence + 1) & 0xFFFFFFFF).to_bytes(4, "little")
         after = (sequence + 2) & 0xFFFFFFFF
-        ENTRY.pack_into(self._map, at, sequence + 1 & 0xFFFFFFFF, state, 0, filled, self._epoch[slot], name, digest)
+        ENTRY.pack_into(
+            self._map, at, sequence + 1 & 0xFFFFFFFF, state, 0, filled, self._epoch[slot], name, digest
+        )
         self._map[at : at + 4] = after.to_bytes(4, "little")

@@ -1,9 +1,9 @@
 """The training text: Jane Austen's six novels, as Debian's package r-cran-janeaustenr ships them.
 
-The novels are in the public domain; the package (which only wraps them for R) is under the MIT licence. The package
-is fetched with `apt-get download` and unpacked beside the build, nothing is installed. R's lazy-load database is a
-row of compressed XDR serialisations, one a novel, each a vector of strings: the dozen lines below read just that.
-"""
+The novels are in the public domain; the package (which only wraps them for R) is under the MIT licence. The
+package is fetched with `apt-get download` and unpacked beside the build, nothing is installed. R's lazy-load
+database is a row of compressed XDR serialisations, one a novel, each a vector of strings: the dozen lines
+below read just that."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """Trains the built-in engine's model: `python3 runtime/train/train_tiny.py --out FOLDER`.
 
-Steps, all seeded: fetch the text (corpus.py), train the byte-level BPE, pack chapters and chat-shaped excerpts into
-token streams, train the decoder with AdamW in float32 on the CPU, write the folder that the engine loads. About 45
-minutes on one core with OpenBLAS (`libopenblas0-serial`); with Debian's reference BLAS it takes ten times as long.
-A run with the same torch, BLAS and thread count gives the same weights; another BLAS gives equally good ones.
-"""
+Steps, all seeded: fetch the text (corpus.py), train the byte-level BPE, pack chapters and chat-shaped
+excerpts into token streams, train the decoder with AdamW in float32 on the CPU, write the folder that the
+engine loads. About 16 minutes on one core with OpenBLAS (`libopenblas0-serial`); with Debian's reference BLAS
+it takes ten times as long. A run with the same torch, BLAS and thread count gives the same weights; another
+BLAS gives equally good ones."""
 
 from __future__ import annotations
 
@@ -16,17 +16,24 @@ import random
 import sys
 import time
 from collections import Counter, defaultdict
+from itertools import pairwise
 from pathlib import Path
 
+# Both are read by the imports below.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
-import corpus
-import torch
-import torch.nn.functional as F
-from midstream_runtime.engine.builtin.dense import dense_logits
-from midstream_runtime.engine.builtin.tokenizer import SPECIALS, Tokenizer, split_words
-from midstream_runtime.engine.builtin.weights import ModelConfig, Weights, random_weights, save_weights
+import corpus  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from midstream_runtime.engine.builtin.dense import dense_logits  # noqa: E402
+from midstream_runtime.engine.builtin.tokenizer import SPECIALS, Tokenizer, split_words  # noqa: E402
+from midstream_runtime.engine.builtin.weights import (  # noqa: E402
+    ModelConfig,
+    Weights,
+    random_weights,
+    save_weights,
+)
 
 Word = tuple[int, ...]
 
@@ -39,7 +46,7 @@ def train_bpe(text: str, vocab_size: int) -> Tokenizer:
     pairs: Counter[tuple[int, int]] = Counter()
     where: defaultdict[tuple[int, int], set[int]] = defaultdict(set)
     for index, word in enumerate(words):
-        for pair in zip(word, word[1:], strict=False):
+        for pair in pairwise(word):
             pairs[pair] += weight[index]
             where[pair].add(index)
     merges: list[tuple[int, int]] = []
@@ -49,9 +56,9 @@ def train_bpe(text: str, vocab_size: int) -> Tokenizer:
         merges.append(best)
         for index in where.pop(best):
             before, words[index] = words[index], merge(words[index], best, new_id)
-            for pair in zip(before, before[1:], strict=False):
+            for pair in pairwise(before):
                 pairs[pair] -= weight[index]
-            for pair in zip(words[index], words[index][1:], strict=False):
+            for pair in pairwise(words[index]):
                 pairs[pair] += weight[index]
                 where[pair].add(index)
         del pairs[best]
@@ -123,7 +130,8 @@ def train(config: ModelConfig, stream: torch.Tensor, args: argparse.Namespace) -
     matrices = [tensor for tensor in weights.values() if tensor.dim() > 1]
     vectors = [tensor for tensor in weights.values() if tensor.dim() == 1]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.98)
+        [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}],
+        betas=(0.9, 0.98),
     )
     started, recent = time.monotonic(), 0.0
     for step in range(args.steps):
@@ -143,25 +151,33 @@ def train(config: ModelConfig, stream: torch.Tensor, args: argparse.Namespace) -
         if step % 50 == 0:
             tokens = (step + 1) * args.batch * args.length
             seconds = time.monotonic() - started
-            print(f"step {step} loss {recent:.3f} {tokens / seconds:.0f} tokens/s {seconds:.0f} s", flush=True)
+            print(
+                f"step {step} loss {recent:.3f} {tokens / seconds:.0f} tokens/s {seconds:.0f} s", flush=True
+            )
         if step % 500 == 499:
             write(config, weights, args.out)
     return weights
 
 
 def write(config: ModelConfig, weights: Weights, out: Path) -> None:
-    save_weights({name: tensor.detach().half() for name, tensor in weights.items()}, out / "model.safetensors")
+    save_weights(
+        {name: tensor.detach().half() for name, tensor in weights.items()}, out / "model.safetensors"
+    )
     config.save(out / "config.json")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--cache", type=Path, default=Path("build/train"), help="where the text's package is kept")
+    parser.add_argument(
+        "--cache", type=Path, default=Path("build/train"), help="where the text's package is kept"
+    )
     parser.add_argument("--vocab", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=7000)
-    parser.add_argument("--batch", type=int, default=6)
-    parser.add_argument("--length", type=int, default=384)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
@@ -188,8 +204,14 @@ def main() -> None:
         tie_word_embeddings=True,
     )
     write(config, train(config, stream, args), args.out)
-    generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "repetition_penalty": 1.3}
-    (args.out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    generation = {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "repetition_penalty": 1.3,
+    }
+    (args.out / "generation_config.json").write_text(
+        json.dumps(generation, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -6,20 +6,22 @@
     | index           | slots x ENTRY_BYTES: what each slot holds
     +-----------------+ data_offset (page-aligned)
     | slot 0          | slot_bytes each: KV of `block_tokens` consecutive tokens of one request, all layers
-    | slot 1          |     [layer][key, value][kv head][token][head_dim] of `dtype`, row-major
+    | slot 1          |     [layer][key, value][token][kv head][head_dim] of `dtype`, row-major
     | ...             |
     +-----------------+ total_bytes
 
-All integers are little-endian. The memfd carries F_SEAL_SHRINK, F_SEAL_GROW and F_SEAL_SEAL, so a mapping never faults.
+All integers are little-endian. The memfd carries F_SEAL_SHRINK, F_SEAL_GROW and F_SEAL_SEAL, so a mapping
+never faults.
 
-Who writes: the engine alone writes header and index, and the data of slots it did not reserve for the agent. Between
-`reserve` and the resume that names them, the agent alone writes the data of RESERVED slots. A reader of an index entry
-that changes under it sees an odd `sequence`, or another one afterwards, and reads again.
+Who writes: the engine alone writes header and index, and the data of slots it did not reserve for the agent.
+Between `reserve` and the resume that names them, the agent alone writes the data of RESERVED slots. A reader
+of an index entry that changes under it sees an odd `sequence`, or another one afterwards, and reads again.
 
 A SEALED slot is full, and its bytes do not change until it is FREE again; `block_hash` names its content:
-sha256 over canonical CBOR of [parent hash, [token ids...], null], vLLM's `sha256_cbor` chain, whose first parent is
-ROOT_HASH. `checksum` is blake2b with 16 bytes over the whole slot. An OPEN slot is still being filled: hash and checksum
-are zero, except that a pause writes the checksum of the open blocks that it hands out (valid until the resume).
+sha256 over canonical CBOR of [parent hash, [token ids...], null], vLLM's `sha256_cbor` chain, whose first
+parent is ROOT_HASH. `checksum` is blake2b with 16 bytes over the whole slot. An OPEN slot is still being
+filled: hash and checksum are zero, except that a pause writes the checksum of the open blocks that it hands
+out (valid until the resume).
 
 The unfilled rest of an OPEN slot is zero, so a slot is always moved whole.
 """
@@ -40,8 +42,9 @@ HASH_SCHEME = "sha256_cbor"
 ROOT_HASH = bytes(32)
 CHECKSUM_BYTES = 16
 
-# magic, version, header_bytes, total_bytes, index_offset, data_offset, slots, slot_bytes, entry_bytes, block_tokens,
-# layers, kv_heads, head_dim, reserved, dtype, hash scheme, model fingerprint (hex), pool fingerprint (hex)
+# magic, version, header_bytes, total_bytes, index_offset, data_offset, slots, slot_bytes, entry_bytes,
+# block_tokens, layers, kv_heads, head_dim, reserved, dtype, hash scheme, model fingerprint (hex), pool
+# fingerprint (hex)
 HEADER = struct.Struct("<8sIIQQQIIIIIIII16s16s32s32s")
 # sequence, state, reserved, filled tokens, epoch (how often the slot was allocated), block hash, checksum
 ENTRY = struct.Struct("<IBBHQ32s16s")
@@ -99,7 +102,8 @@ class PoolLayout:
 
     @property
     def fingerprint(self) -> str:
-        """32 hex digits over all that decides what a slot's bytes mean; the number of slots is not part of it."""
+        """32 hex digits over all that decides what a slot's bytes mean; the number of slots is not part of
+        it."""
         parts = (
             VERSION, self.model_fingerprint, self.dtype, self.block_tokens,
             self.layers, self.kv_heads, self.head_dim, HASH_SCHEME,
@@ -109,29 +113,50 @@ class PoolLayout:
     def pack(self) -> bytes:
         """HEADER_BYTES bytes."""
         header = HEADER.pack(
-            MAGIC, VERSION, HEADER_BYTES, self.total_bytes, self.index_offset, self.data_offset, self.slots,
-            self.slot_bytes, ENTRY_BYTES, self.block_tokens, self.layers, self.kv_heads, self.head_dim, 0,
-            self.dtype.encode(), HASH_SCHEME.encode(), self.model_fingerprint.encode(), self.fingerprint.encode(),
-        )  # fmt: skip
+            MAGIC,
+            VERSION,
+            HEADER_BYTES,
+            self.total_bytes,
+            self.index_offset,
+            self.data_offset,
+            self.slots,
+            self.slot_bytes,
+            ENTRY_BYTES,
+            self.block_tokens,
+            self.layers,
+            self.kv_heads,
+            self.head_dim,
+            0,
+            self.dtype.encode(),
+            HASH_SCHEME.encode(),
+            self.model_fingerprint.encode(),
+            self.fingerprint.encode(),
+        )
         return header.ljust(HEADER_BYTES, b"\0")
 
     @classmethod
     def unpack(cls, data: bytes, total_bytes: int) -> PoolLayout:
-        """Layout of a pool from its first bytes and the size of its file. Everything in it is checked, none trusted."""
+        """Layout of a pool from its first bytes and the size of its file. Everything in it is checked, none
+        trusted."""
         if len(data) < HEADER.size or data[:8] != MAGIC:
             raise PoolLayoutError("no KV pool: the magic is missing")
-        (_, version, header_bytes, total, index_offset, data_offset, slots, slot_bytes, entry_bytes, block_tokens,
-         layers, kv_heads, head_dim, _, dtype, scheme, model, fingerprint) = HEADER.unpack_from(data)  # fmt: skip
+        fields = HEADER.unpack_from(data)
+        version, slots, (block_tokens, layers, kv_heads, head_dim) = fields[1], fields[6], fields[9:13]
+        dtype, scheme, model = (_text(field) for field in fields[14:17])
         if version != VERSION:
-            raise PoolLayoutError(f"KV pool version {version}, this code reads {VERSION}: use pods of one release")
-        if _text(scheme) != HASH_SCHEME or _text(dtype) not in ELEMENT_BYTES:
-            raise PoolLayoutError(f"unknown hash scheme or dtype in the KV pool: {_text(scheme)}, {_text(dtype)}")
-        layout = cls(slots, block_tokens, layers, kv_heads, head_dim, _text(dtype), _text(model))
-        claimed = (header_bytes, total, index_offset, data_offset, slot_bytes, entry_bytes, _text(fingerprint))
-        actual = (HEADER_BYTES, layout.total_bytes, layout.index_offset, layout.data_offset, layout.slot_bytes,
-                  ENTRY_BYTES, layout.fingerprint)  # fmt: skip
-        if claimed != actual or total != total_bytes or slots == 0 or slot_bytes == 0:
-            raise PoolLayoutError(f"KV pool header contradicts itself or its size {total_bytes}: {claimed}")
+            raise PoolLayoutError(f"KV pool version {version}, this code reads {VERSION}: use one release")
+        if scheme != HASH_SCHEME or dtype not in ELEMENT_BYTES:
+            raise PoolLayoutError(f"unknown hash scheme or dtype in the KV pool: {scheme}, {dtype}")
+        layout = cls(slots, block_tokens, layers, kv_heads, head_dim, dtype, model)
+        # All other fields follow from these: a header that says anything else is not believed.
+        try:
+            consistent = layout.pack()[: HEADER.size] == data[: HEADER.size]
+        except (struct.error, UnicodeEncodeError) as error:
+            raise PoolLayoutError("the KV pool's header holds impossible values") from error
+        if not consistent or layout.total_bytes != total_bytes or slots == 0 or layout.slot_bytes == 0:
+            raise PoolLayoutError(
+                f"the KV pool's header contradicts itself or its size of {total_bytes} bytes"
+            )
         return layout
 
 
@@ -173,7 +198,8 @@ class PoolView:
                 return SlotInfo(state, filled, epoch, block_hash, checksum)
 
     def checksum_hex(self, slot: int) -> str:
-        """Checksum of a SEALED slot, or of one that a pause has just handed out, from the index: no pass over its bytes."""
+        """Checksum of a SEALED slot, or of one that a pause has just handed out, from the index: no pass over
+        its bytes."""
         at = HEADER_BYTES + slot * ENTRY_BYTES + _CHECKSUM_AT
         return bytes(self.memory[at : at + CHECKSUM_BYTES]).hex()
 

@@ -1,13 +1,12 @@
 """The gateway's end of the engine's socket: `Engine` over a unix socket, for one event loop, without torch.
 
-One connection carries requests, answers and events, so their order is the engine's order: when `pause` returns, every
-token up to the boundary has been handed over. Two ways to take tokens: `generate` gives an iterator a request; `start`
-gives all tokens of a step to one callback, without a task or a queue a stream, which is what a gateway with hundreds of
-streams wants.
+One connection carries requests, answers and events, so their order is the engine's order: when `pause`
+returns, every token up to the boundary has been handed over. Two ways to take tokens: `generate` gives an
+iterator a request; `start` gives all tokens of a step to one callback, without a task or a queue a stream,
+which is what a gateway with hundreds of streams wants.
 
-What runs concurrently: nothing but the loop's reader callback. Reading from the socket, parsing and calling the sinks
-happen in it; a sink must not block and must not raise.
-"""
+What runs concurrently: nothing but the loop's reader callback. Reading from the socket, parsing and calling
+the sinks happen in it; a sink must not block and must not raise."""
 
 from __future__ import annotations
 
@@ -48,7 +47,8 @@ class StartRequest:
     params: SamplingParams | None = None
     state: EngineState | None = None
     paused: bool = False
-    """Load it, KV included, and wait for `resume`: what a migration's target does before its sockets are live."""
+    """Load it, KV included, and wait for `resume`: what a migration's target does before its sockets are
+    live."""
 
     def to_json(self) -> dict[str, Any]:
         item: dict[str, Any] = {"request_id": self.request_id, "paused": self.paused}
@@ -59,8 +59,8 @@ class StartRequest:
 
 
 class EngineClient:
-    """Use `connect`, then `close`. After the engine is gone every call raises Retryable('engine_lost'), and so do the
-    iterators; sinks hear of it through `on_lost`."""
+    """Use `connect`, then `close`. After the engine is gone every call raises Retryable('engine_lost'), and
+    so do the iterators; sinks hear of it through `on_lost`."""
 
     def __init__(self, sock: socket.socket, loop: asyncio.AbstractEventLoop) -> None:
         self._sock, self._loop = sock, loop
@@ -85,7 +85,9 @@ class EngineClient:
             await loop.sock_connect(sock, path)
         except OSError as error:
             sock.close()
-            raise Retryable("engine_unreachable", f"no engine at {path} ({error.strerror}): start it first") from error
+            raise Retryable(
+                "engine_unreachable", f"no engine at {path} ({error.strerror}): start it first"
+            ) from error
         client = cls(sock, loop)
         loop.add_reader(sock, client._on_readable)
         return client
@@ -157,11 +159,13 @@ class EngineClient:
                 self._sinks.pop(request_id, None)
 
     async def start(self, requests: Sequence[StartRequest], sink: Sink) -> dict[str, MidstreamError]:
-        """Begins (or loads, where `paused`) many answers in one message; events go to `sink`, possibly before this
-        returns. Returns the refused ones with their errors."""
+        """Begins (or loads, where `paused`) many answers in one message; events go to `sink`, possibly before
+        this returns. Returns the refused ones with their errors."""
         for request in requests:
             if request.request_id in self._sinks:
-                raise Final("request_exists", f"request {request.request_id} is already there: use another id")
+                raise Final(
+                    "request_exists", f"request {request.request_id} is already there: use another id"
+                )
             self._sinks[request.request_id] = sink
         body = ipc.encode_json([request.to_json() for request in requests])
         try:
@@ -207,7 +211,9 @@ class EngineClient:
     async def _call(self, kind: str, body: bytes = b"", **fields: Any) -> tuple[dict[str, Any], bytes]:
         return await self._send_call(kind, body, **fields)
 
-    def _send_call(self, kind: str, body: bytes = b"", **fields: Any) -> asyncio.Future[tuple[dict[str, Any], bytes]]:
+    def _send_call(
+        self, kind: str, body: bytes = b"", **fields: Any
+    ) -> asyncio.Future[tuple[dict[str, Any], bytes]]:
         future: asyncio.Future[tuple[dict[str, Any], bytes]] = self._loop.create_future()
         # A call nobody waits for any more must not warn when the engine dies.
         future.add_done_callback(lambda done: done.cancelled() or done.exception())
@@ -226,7 +232,11 @@ class EngineClient:
             except BlockingIOError:
                 pass
             except OSError as error:
-                self._fail(Retryable("engine_lost", f"the engine is gone ({error.strerror}): it must be started again"))
+                self._fail(
+                    Retryable(
+                        "engine_lost", f"the engine is gone ({error.strerror}): it must be started again"
+                    )
+                )
                 return
             if frame:
                 self._loop.add_writer(self._sock, self._on_writable)
@@ -237,7 +247,9 @@ class EngineClient:
             with contextlib.suppress(BlockingIOError):
                 del self._unsent[: self._sock.send(self._unsent)]
         except OSError as error:
-            self._fail(Retryable("engine_lost", f"the engine is gone ({error.strerror}): it must be started again"))
+            self._fail(
+                Retryable("engine_lost", f"the engine is gone ({error.strerror}): it must be started again")
+            )
             return
         if not self._unsent:
             self._loop.remove_writer(self._sock)

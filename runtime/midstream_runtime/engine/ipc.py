@@ -2,9 +2,8 @@
 
     u32 header length | u32 payload length | header, a JSON object with "kind" and "id" | payload
 
-Little-endian. The engine's end is polled between two layers of a step, the gateway's end by its event loop: so this is a
-parser that is fed bytes and a function that makes them, and neither waits for anything.
-"""
+Little-endian. The engine's end is polled between two layers of a step, the gateway's end by its event loop:
+so this is a parser that is fed bytes and a function that makes them, and neither waits for anything."""
 
 from __future__ import annotations
 
@@ -30,7 +29,9 @@ def encode_json(value: Any) -> bytes:
 def encode(header: dict[str, Any], payload: bytes = b"") -> bytes:
     text = encode_json(header)
     if len(text) > MAX_HEADER_BYTES or len(payload) > MAX_PAYLOAD_BYTES:
-        raise Final("frame_too_large", f"{header.get('kind')}: {len(text)} + {len(payload)} bytes do not fit a frame")
+        raise Final(
+            "frame_too_large", f"{header.get('kind')}: {len(text)} + {len(payload)} bytes do not fit a frame"
+        )
     return _PREFIX.pack(len(text), len(payload)) + text + payload
 
 

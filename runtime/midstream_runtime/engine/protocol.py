@@ -1,9 +1,10 @@
 """What the gateway asks of an engine, and nothing more.
 
-The gateway owns clients and their sockets, the engine owns tokens and KV cache; they are two processes, because a busy
-Python thread beside the gateway would cost each wake-up milliseconds. An answer is moved to another node by `pause` on
-the source, which hands out an `EngineState`, a copy of the KV slots that the state names, and `generate(resume=...)` on
-the target. The token ids are the truth of an answer; KV is a cache of them that saves the target a prefill.
+The gateway owns clients and their sockets, the engine owns tokens and KV cache; they are two processes,
+because a busy Python thread beside the gateway would cost each wake-up milliseconds. An answer is moved to
+another node by `pause` on the source, which hands out an `EngineState`, a copy of the KV slots that the state
+names, and `generate(resume=...)` on the target. The token ids are the truth of an answer; KV is a cache of
+them that saves the target a prefill.
 
 Everything here is data and signatures: importable without torch, safe to import anywhere.
 """
@@ -64,7 +65,8 @@ class TokenEvent(NamedTuple):
 
 
 class RequestStats(NamedTuple):
-    """Counts of one request; after a migration each engine counts its own `prefill_tokens` and `kv_tokens_used`."""
+    """Counts of one request; after a migration each engine counts its own `prefill_tokens` and
+    `kv_tokens_used`."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -106,7 +108,8 @@ class EngineState:
         return replace(self, kv=kv)
 
     def to_json(self) -> dict[str, Any]:
-        """JSON object; long integer lists are base64 of little-endian u32, since thousands of ids travel in a pause."""
+        """JSON object; long integer lists are base64 of little-endian u32, since thousands of ids travel in a
+        pause."""
         return {
             "prompt_ids": _pack(self.prompt_ids),
             "generated_ids": _pack(self.generated_ids),
@@ -176,7 +179,8 @@ class EngineInfo:
 
 
 class Engine(Protocol):
-    """All methods raise midstream_runtime.contract.errors; `Retryable` when the engine is gone or full for now."""
+    """All methods raise midstream_runtime.contract.errors; `Retryable` when the engine is gone or full for
+    now."""
 
     async def info(self) -> EngineInfo: ...
 
@@ -196,12 +200,13 @@ class Engine(Protocol):
         params: SamplingParams,
         resume: EngineState | None = None,
     ) -> AsyncIterator[TokenEvent]:
-        """Events of one answer. With `resume`, prompt_ids and params are the state's and the arguments are ignored;
-        only tokens after the state come. Closing the iterator drops the request."""
+        """Events of one answer. With `resume`, prompt_ids and params are the state's and the arguments are
+        ignored; only tokens after the state come. Closing the iterator drops the request."""
 
     async def pause(self, ids: Sequence[str]) -> dict[str, EngineState]:
-        """Stops at a token boundary. Every event up to it is in the iterators (or went to the sinks) before this
-        returns. Unknown and finished ids are absent from the answer. KV slots stay the request's until `drop`."""
+        """Stops at a token boundary. Every event up to it is in the iterators (or went to the sinks) before
+        this returns. Unknown and finished ids are absent from the answer. KV slots stay the request's until
+        `drop`."""
 
     async def resume(self, ids: Sequence[str]) -> None:
         """Goes on after `pause` as if nothing had happened."""
@@ -210,7 +215,8 @@ class Engine(Protocol):
         """Forgets requests in any state and frees their slots; their iterators end. Unknown ids are fine."""
 
     async def reserve(self, n: int) -> list[int]:
-        """Slots for KV that is about to arrive; the engine touches them no more until `free` or a resume names them."""
+        """Slots for KV that is about to arrive; the engine touches them no more until `free` or a resume
+        names them."""
 
     async def free(self, slots: Sequence[int]) -> None:
         """Gives back reserved slots that no resumed request took."""

@@ -1,8 +1,8 @@
 """Engine processes for tests, and Debian's torch for those that look inside.
 
-Processes run under a Python that has torch (MIDSTREAM_ENGINE_PYTHON, or the system's); the tests themselves run in the
-development environment, whose Python can import Debian's torch when its folder is last on the path.
-"""
+Processes run under a Python that has torch (MIDSTREAM_ENGINE_PYTHON, or the system's); the tests themselves
+run in the development environment, whose Python can import Debian's torch when its folder is last on the
+path."""
 
 from __future__ import annotations
 
@@ -87,10 +87,9 @@ def start_engine(tmp_path: Path) -> Iterator[StartEngine]:
 def _await_listening(process: subprocess.Popen[bytes], path: str) -> None:
     deadline = time.monotonic() + 60
     while True:
-        with socket.socket(socket.AF_UNIX) as probe:
-            with suppress(OSError):
-                probe.connect(path)
-                return
+        with socket.socket(socket.AF_UNIX) as probe, suppress(OSError):
+            probe.connect(path)
+            return
         assert process.poll() is None, "the engine process ended"
         assert time.monotonic() < deadline, "the engine does not listen"
         time.sleep(0.02)

@@ -1,16 +1,18 @@
-"""An answer leaves one engine process in mid-word and goes on in another, by the protocol that the gateway uses."""
+"""An answer leaves one engine process in mid-word and goes on in another, by the protocol that the gateway
+uses."""
 
 from __future__ import annotations
 
 import asyncio
 import mmap
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import pytest
 from midstream_runtime.contract.pool import PoolView
 from midstream_runtime.engine.client import EngineClient
 from midstream_runtime.engine.protocol import EngineState, KvBlock, SamplingParams, TokenEvent
 
+StartEngine = Callable[..., str]
 LENGTH = 120
 GREEDY = SamplingParams(max_tokens=LENGTH, temperature=0.0, ignore_eos=True)
 SEEDED = SamplingParams(max_tokens=LENGTH, temperature=0.9, top_p=0.95, top_k=50, seed=7, ignore_eos=True)
@@ -32,7 +34,9 @@ async def connect(path: str) -> tuple[EngineClient, Pool]:
     return client, Pool(fd)
 
 
-async def take(client: EngineClient, name: str, ids: Sequence[int], params: SamplingParams) -> list[TokenEvent]:
+async def take(
+    client: EngineClient, name: str, ids: Sequence[int], params: SamplingParams
+) -> list[TokenEvent]:
     return [event async for event in client.generate(name, ids, params)]
 
 
@@ -67,7 +71,9 @@ async def go_on(client: EngineClient, state: EngineState) -> list[TokenEvent]:
 
 @pytest.mark.parametrize("params", [GREEDY, SEEDED], ids=["greedy", "seeded"])
 @pytest.mark.parametrize("kv", ["moved", "missing", "partly missing", "zeroed"])
-def test_moved_answer_is_the_unmoved_answer(start_engine, params: SamplingParams, kv: str) -> None:  # type: ignore[no-untyped-def]
+def test_moved_answer_is_the_unmoved_answer(
+    start_engine: StartEngine, params: SamplingParams, kv: str
+) -> None:
     paths = [start_engine("--pool-slots", "64", "--pace-ms", "1") for _ in range(2)]
 
     async def scenario() -> None:
@@ -112,7 +118,7 @@ def test_moved_answer_is_the_unmoved_answer(start_engine, params: SamplingParams
     asyncio.run(asyncio.wait_for(scenario(), 60))
 
 
-def test_resume_on_the_source_goes_on_as_if_nothing_had_happened(start_engine) -> None:  # type: ignore[no-untyped-def]
+def test_resume_on_the_source_goes_on_as_if_nothing_had_happened(start_engine: StartEngine) -> None:
     path = start_engine("--pool-slots", "64", "--pace-ms", "1")
 
     async def scenario() -> None:
@@ -132,7 +138,7 @@ def test_resume_on_the_source_goes_on_as_if_nothing_had_happened(start_engine) -
     asyncio.run(asyncio.wait_for(scenario(), 60))
 
 
-def test_state_that_names_slots_nobody_reserved_is_refused(start_engine) -> None:  # type: ignore[no-untyped-def]
+def test_state_that_names_slots_nobody_reserved_is_refused(start_engine: StartEngine) -> None:
     path = start_engine("--pool-slots", "64", "--pace-ms", "1")
 
     async def scenario() -> None:

@@ -13,12 +13,22 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="midstream_runtime.engine.builtin", description=__doc__)
     default_socket = os.environ.get("MIDSTREAM_ENGINE", "/run/midstream/engine.sock")
     parser.add_argument("--socket", default=default_socket, help="unix socket to listen on (%(default)s)")
-    parser.add_argument("--model", default="tiny", help="'tiny', or a folder with a Llama and our tokenizer.json")
+    parser.add_argument(
+        "--model", default="tiny", help="'tiny', or a folder with a Llama and our tokenizer.json"
+    )
     parser.add_argument("--pool-slots", type=int, default=4096, help="KV slots (%(default)s)")
-    parser.add_argument("--block-tokens", type=int, default=16, choices=(16, 32), help="tokens a slot (%(default)s)")
-    parser.add_argument("--kv-dtype", default="float16", choices=("float16", "bfloat16", "float32", "float64"))
-    parser.add_argument("--pace-ms", type=float, default=4.0, help="least time between two steps (%(default)s)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, or auto: cuda where there is one (%(default)s)")
+    parser.add_argument(
+        "--block-tokens", type=int, default=16, choices=(16, 32), help="tokens a slot (%(default)s)"
+    )
+    parser.add_argument(
+        "--kv-dtype", default="float16", choices=("float16", "bfloat16", "float32", "float64")
+    )
+    parser.add_argument(
+        "--pace-ms", type=float, default=4.0, help="least time between two steps (%(default)s)"
+    )
+    parser.add_argument(
+        "--device", default="cpu", help="cpu, cuda, or auto: cuda where there is one (%(default)s)"
+    )
     parser.add_argument("--max-running", type=int, default=512, help="requests in a step (%(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="torch threads; 0: all cores but one")
     return parser.parse_args()
@@ -50,7 +60,11 @@ def main() -> None:
     signal.set_wakeup_fd(server.wakeup_fd)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.stop())
-    print(f"engine: {info.model} on {info.device}, {args.pool_slots} KV slots, {args.socket}", file=sys.stderr, flush=True)
+    print(
+        f"engine: {info.model} on {info.device}, {args.pool_slots} KV slots, {args.socket}",
+        file=sys.stderr,
+        flush=True,
+    )
     server.run()
 
 

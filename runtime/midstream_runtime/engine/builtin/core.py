@@ -1,9 +1,9 @@
 """Requests, their KV slots, and the order of work: continuous batching without any socket.
 
-One thread calls everything here. `step()` decodes one token for each running request and some prefill for those that are
-not there yet; between two steps every request is at a token boundary, which is where `pause` finds it. KV of the newest
-token is not in the pool at a boundary: it is computed by the step that decodes the next one.
-"""
+One thread calls everything here. `step()` decodes one token for each running request and some prefill for
+those that are not there yet; between two steps every request is at a token boundary, which is where `pause`
+finds it. KV of the newest token is not in the pool at a boundary: it is computed by the step that decodes the
+next one."""
 
 from __future__ import annotations
 
@@ -87,7 +87,9 @@ Event = tuple[str, TokenEvent]
 class EngineCore:
     """The engine behind its socket. Errors are of midstream_runtime.contract.errors."""
 
-    def __init__(self, decoder: PagedDecoder, pool: KvPool, tokenizer: Tokenizer, settings: CoreSettings) -> None:
+    def __init__(
+        self, decoder: PagedDecoder, pool: KvPool, tokenizer: Tokenizer, settings: CoreSettings
+    ) -> None:
         self.decoder, self.pool, self.tokenizer, self.settings = decoder, pool, tokenizer, settings
         self.context = decoder.config.max_position_embeddings
         self.requests: dict[str, Request] = {}
@@ -101,19 +103,15 @@ class EngineCore:
 
     # Requests come and go
 
-    def add(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, *, paused: bool = False) -> None:
+    def add(
+        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, *, paused: bool = False
+    ) -> None:
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        self._enter(self._request(request_id, list(prompt_ids), 0, params, seed, 0, b"", ""), paused)
+        self._enter(self._request(request_id, EngineState(list(prompt_ids), [], params, seed, 0)), paused)
 
     def add_state(self, request_id: str, state: EngineState, *, paused: bool = False) -> None:
         """Goes on from a state. Slots that it names must be reserved; they are the request's from here on."""
-        ids = state.prompt_ids + state.generated_ids
-        request = self._request(
-            request_id, ids, len(state.generated_ids), state.params, state.seed, state.counter, state.undecoded,
-            state.held_text,
-        )  # fmt: skip
-        if request.generated >= request.params.max_tokens:
-            raise Final("state_finished", f"request {request_id} had its {request.params.max_tokens} tokens already")
+        request = self._request(request_id, state)
         self._adopt(request, state.kv)
         self._enter(request, paused)
 
@@ -166,8 +164,8 @@ class EngineCore:
         return self._sample(ready, logits[rows]) if ready else []
 
     def seal_blocks(self, limit: int = 64) -> None:
-        """Hashes up to `limit` full blocks. Apart from the step, so that it costs the time between two tokens, and that the
-        many blocks of a moved answer do not delay its first token."""
+        """Hashes up to `limit` full blocks. Apart from the step, so that it costs the time between two
+        tokens, and that the many blocks of a moved answer do not delay its first token."""
         for request_id, request in list(self._unsealed.items()):
             full = request.kv_length // self._block_tokens
             while request.sealed < full and limit > 0:
@@ -190,20 +188,27 @@ class EngineCore:
 
     # Inside
 
-    def _request(
-        self,
-        request_id: str,
-        ids: list[int],
-        generated: int,
-        params: SamplingParams,
-        seed: int,
-        counter: int,
-        undecoded: bytes,
-        held: str,
-    ) -> Request:
+    def _request(self, request_id: str, state: EngineState) -> Request:
+        params, ids = state.params, state.prompt_ids + state.generated_ids
         if request_id in self.requests:
             raise Final("request_exists", f"request {request_id} is already there: use another id")
-        if not ids or len(ids) == generated:
+        self._check(state, ids)
+        penalty = params.repetition_penalty
+        sampler = Sampler(
+            params,
+            self.settings.repetition_penalty if penalty is None else penalty,
+            state.seed,
+            state.counter,
+        )
+        if sampler.counts_needed:
+            sampler.counts.update(state.generated_ids)
+        text = TextStream(self.tokenizer, params.stop, state.undecoded, state.held_text)
+        return Request(request_id, ids, len(state.prompt_ids), params, sampler, text)
+
+    def _check(self, state: EngineState, ids: list[int]) -> None:
+        """Refuses what this engine can never finish."""
+        params = state.params
+        if not state.prompt_ids:
             raise Final("empty_prompt", "a prompt needs at least one token")
         if min(ids) < 0 or max(ids) >= self.tokenizer.vocab_size:
             raise Final("bad_token", f"token ids must be 0..{self.tokenizer.vocab_size - 1}")
@@ -211,16 +216,14 @@ class EngineCore:
             raise Final("context_full", f"{len(ids)} tokens leave no room in a context of {self.context}")
         if params.max_tokens < 1 or params.temperature < 0 or not 0 < params.top_p <= 1:
             raise Final("bad_params", "max_tokens >= 1, temperature >= 0 and 0 < top_p <= 1 are needed")
-        longest = min(len(ids) - generated + params.max_tokens, self.context)
+        if len(state.generated_ids) >= params.max_tokens:
+            raise Final("state_finished", f"this answer had its {params.max_tokens} tokens already")
+        longest = min(len(state.prompt_ids) + params.max_tokens, self.context)
         if self._blocks(longest) > self.pool.layout.slots:
-            raise Final("pool_too_small", f"{longest} tokens never fit the KV pool: raise --pool-slots or ask for fewer")
-        penalty = params.repetition_penalty
-        sampler = Sampler(params, self.settings.repetition_penalty if penalty is None else penalty, seed, counter)
-        prompt_length = len(ids) - generated
-        for token in ids[prompt_length:] if sampler.counts_needed else ():
-            sampler.accept(token)
-        text = TextStream(self.tokenizer, params.stop, undecoded, held)
-        return Request(request_id, ids, prompt_length, params, sampler, text)
+            raise Final(
+                "pool_too_small",
+                f"{longest} tokens never fit the KV pool: raise --pool-slots or ask for fewer",
+            )
 
     def _enter(self, request: Request, paused: bool) -> None:
         self.requests[request.request_id] = request
@@ -245,7 +248,11 @@ class EngineCore:
         self.pool.adopt(named)
         usable, tokens = [], 0
         for block in kv:
-            if block.slot is None or not 0 < block.tokens <= self._block_tokens or tokens % self._block_tokens:
+            if (
+                block.slot is None
+                or not 0 < block.tokens <= self._block_tokens
+                or tokens % self._block_tokens
+            ):
                 break
             if tokens + block.tokens > len(request.ids) - 1:
                 break
@@ -284,7 +291,8 @@ class EngineCore:
             self.decoder.set_slots(request.lane, 0, request.slots)
 
     def _plan(self) -> list[tuple[Request, Work]]:
-        """Everyone's next token, and prefill up to the budget. A request for which no slot is free sits the step out."""
+        """Everyone's next token, and prefill up to the budget. A request for which no slot is free sits the
+        step out."""
         works, budget = [], self.settings.prefill_tokens
         for request in list(self._running.values()):
             if request.phase is not Phase.RUNNING:
@@ -326,8 +334,8 @@ class EngineCore:
             self._unsealed[request.request_id] = request
 
     def _preempt(self, request: Request) -> None:
-        """Gives its slots to older requests; it will be computed again from its ids. Needed only after a migration has
-        brought more answers than worst-case admission would have let in."""
+        """Gives its slots to older requests; it will be computed again from its ids. Needed only after a
+        migration has brought more answers than worst-case admission would have let in."""
         self.totals["preempted"] += 1
         self._running.pop(request.request_id)
         self._unsealed.pop(request.request_id, None)

@@ -1,7 +1,7 @@
 """The model without a KV cache: all positions at once, any dtype, differentiable.
 
-Training uses it, and tests hold the paged decoder (model.py) against it. It is written for being obviously right.
-"""
+Training uses it, and tests hold the paged decoder (model.py) against it. It is written for being obviously
+right."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from midstream_runtime.engine.builtin.weights import ModelConfig, Weights
 
 
-def rope_tables(config: ModelConfig, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_tables(
+    config: ModelConfig, positions: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin, [..., head_dim], computed in float64 so that every machine has the same ones."""
     half = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=positions.device) / config.head_dim
     angles = positions.to(torch.float64)[..., None] / (config.rope_theta**half)
@@ -35,7 +37,11 @@ def dense_logits(
     """Logits [batch, length, vocab] of `ids` [batch, length]; positions default to 0, 1, ... ."""
     batch, length = ids.shape
     embedding = weights["model.embed_tokens.weight"]
-    dtype, eps, groups = embedding.dtype, config.rms_norm_eps, config.num_attention_heads // config.num_key_value_heads
+    dtype, eps, groups = (
+        embedding.dtype,
+        config.rms_norm_eps,
+        config.num_attention_heads // config.num_key_value_heads,
+    )
     if positions is None:
         positions = torch.arange(length, device=ids.device)
     cos, sin = rope_tables(config, positions, dtype)

@@ -51,8 +51,12 @@ def build(
         model_fingerprint=name,
     )
     pool = KvPool(layout)
-    decoder = PagedDecoder(config, weights, layout, pool.rows(), lanes=max_running, device=device, mirror=mirror)
-    settings = CoreSettings(max_running=max_running, repetition_penalty=float(generation.get("repetition_penalty", 1.0)))
+    decoder = PagedDecoder(
+        config, weights, layout, pool.rows(), lanes=max_running, device=device, mirror=mirror
+    )
+    settings = CoreSettings(
+        max_running=max_running, repetition_penalty=float(generation.get("repetition_penalty", 1.0))
+    )
     core = EngineCore(decoder, pool, tokenizer, settings)
     info = EngineInfo(
         model=f"midstream-{folder.name}",

@@ -1,18 +1,18 @@
 """The decoder over paged KV: what one engine step computes.
 
-A step takes some tokens of many requests (one for those that decode, a run of them for those in prefill), writes their
-keys and values into the pool's slots, and returns the logits after each request's last token.
+A step takes some tokens of many requests (one for those that decode, a run of them for those in prefill),
+writes their keys and values into the pool's slots, and returns the logits after each request's last token.
 
-An answer must not depend on who else is in the batch, on whether its KV was computed by a prefill or token by token, or
-on the machine. Matrix products of different shapes add in different orders, so float32 results differ in their last bits,
-and a greedy answer flips on a close call. Therefore all arithmetic is float64 (differences of 1e-15), keys and values are
-rounded to the pool's dtype on every path before anyone reads them, and logits are rounded to float32 before a token is
-chosen: a difference survives only if a value lies within 1e-15 of a rounding boundary. tests/unit/test_engine_identity.py
-measures it. float64 costs this small model twice the time of its matrix products, no more.
+An answer must not depend on who else is in the batch, on whether its KV was computed by a prefill or token by
+token, or on the machine. Matrix products of different shapes add in different orders, so float32 results
+differ in their last bits, and a greedy answer flips on a close call. Therefore all arithmetic is float64
+(differences of 1e-15), keys and values are rounded to the pool's dtype on every path before anyone reads
+them, and logits are rounded to float32 before a token is chosen: a difference survives only if a value lies
+within 1e-15 of a rounding boundary. tests/unit/test_engine_identity.py measures it. float64 costs this small
+model twice the time of its matrix products, no more.
 
-A step may be abandoned between layers (`interrupted`): what it wrote lies beyond the fill of its requests and is written
-again by the next step.
-"""
+A step may be abandoned between layers (`interrupted`): what it wrote lies beyond the fill of its requests and
+is written again by the next step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from midstream_runtime.contract.pool import PoolLayout
-from midstream_runtime.engine.builtin.dense import rms_norm, rope_tables
+from midstream_runtime.engine.builtin.dense import rope_tables
 from midstream_runtime.engine.builtin.weights import ModelConfig, Weights
 
 _COMPUTE = torch.float64
@@ -49,10 +49,11 @@ class Work:
 
 @dataclass(frozen=True)
 class _Layer:
-    input_norm: torch.Tensor
+    """Matrices as [in, out], which BLAS takes without repacking when there are few rows. Folded into them:
+    the norms' weights (and the root of the width), the scores' 1/sqrt(head_dim)."""
+
     qkv: torch.Tensor
     out: torch.Tensor
-    post_norm: torch.Tensor
     gate_up: torch.Tensor
     down: torch.Tensor
 
@@ -66,13 +67,14 @@ class _Group:
     queries: int
     length: int
     rows: torch.Tensor
-    """Block rows of keys and values in layer 0, flat [2, requests, kv_heads, blocks]."""
-    mask: torch.Tensor
-    """Added to the scores, [requests, 1, queries, length]."""
+    """Block rows of keys and values in layer 0, flat [2, requests, blocks]."""
+    mask: torch.Tensor | None
+    """Added to the scores, [requests, 1, queries, length]. None: every row sees all."""
 
 
 class PagedDecoder:
-    """Not thread-safe. `pool_rows` is KvPool.rows(); on another device than the CPU the KV is mirrored there."""
+    """Not thread-safe. `pool_rows` is KvPool.rows(); on another device than the CPU the KV is mirrored
+    there."""
 
     def __init__(
         self,
@@ -89,18 +91,27 @@ class PagedDecoder:
         self._pool_rows = pool_rows
         self._mirrored = self.device.type != "cpu" if mirror is None else mirror
         self._rows = pool_rows.to(self.device, copy=True) if self._mirrored else pool_rows
-        self._layers = [self._fuse(weights, layer) for layer in range(config.num_hidden_layers)]
         self._embedding = self._place(weights["model.embed_tokens.weight"])
-        self._norm = self._place(weights["model.norm.weight"])
-        self._head = self._place(weights["lm_head.weight"]) if "lm_head.weight" in weights else self._embedding
+        head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
+        norm = weights["model.norm.weight"].double() * config.hidden_size**0.5
+        self._head = self._place((head.double() * norm).t())
         positions = torch.arange(config.max_position_embeddings)
-        self._cos, self._sin = (table.to(self.device) for table in rope_tables(config, positions, _COMPUTE))
+        cos, sin = rope_tables(config, positions, _COMPUTE)
+        sin[:, : config.head_dim // 2] *= -1
+        self._cos, self._sin = cos.to(self.device), sin.to(self.device)
+        per_kv = config.num_attention_heads // config.num_key_value_heads
+        kv_of_head = torch.arange(config.num_attention_heads) // per_kv
+        owned = kv_of_head[:, None] == torch.arange(config.num_key_value_heads)
+        self._head_to_kv = owned.to(self.device, _COMPUTE)[None, :, :, None]
+        self._layers = [self._fuse(weights, layer) for layer in range(config.num_hidden_layers)]
         blocks = -(-config.max_position_embeddings // layout.block_tokens)
         self._tables = torch.zeros(lanes, blocks, dtype=torch.int64)
 
     def set_slots(self, lane: int, first_block: int, slots: Sequence[int]) -> None:
-        """Block table entries of a lane, from `first_block` on."""
+        """Block table entries of a lane, from `first_block` on. Padding reads behind them: it must meet slots
+        of the same request, since a NaN that somebody else put into a slot would survive the mask."""
         self._tables[lane, first_block : first_block + len(slots)] = torch.tensor(list(slots))
+        self._tables[lane, first_block + len(slots) :] = slots[-1]
 
     def load_slots(self, slots: Sequence[int]) -> None:
         """KV that an agent wrote into the pool becomes visible to the device."""
@@ -110,9 +121,12 @@ class PagedDecoder:
             index = torch.tensor(list(slots))
             mirror[index.to(self.device)] = view[index].to(self.device)
 
-    @torch.no_grad()
     def step(self, works: Sequence[Work], interrupted: Callable[[], bool] = lambda: False) -> torch.Tensor:
         """float32 logits [len(works), vocab] on the CPU, after each work's last token."""
+        with torch.no_grad():
+            return self._step(works, interrupted)
+
+    def _step(self, works: Sequence[Work], interrupted: Callable[[], bool]) -> torch.Tensor:
         order = sorted(range(len(works)), key=lambda i: (len(works[i].ids) > 1, works[i].start))
         ordered = [works[i] for i in order]
         ids = [token for work in ordered for token in work.ids]
@@ -127,13 +141,13 @@ class PagedDecoder:
         for number, layer in enumerate(self._layers):
             if interrupted():
                 raise Interrupted
-            rows = targets + number * 2 * self.layout.kv_heads * self.layout.block_tokens
+            rows = targets + number * 2 * self.layout.block_tokens
             hidden, new = self._layer(layer, number, hidden, cos, sin, rows, groups, interrupted)
             written.append((rows, new))
         if self._mirrored:
             self._write_back(written)
         ends = torch.tensor([len(work.ids) for work in ordered]).cumsum(0) - 1
-        logits = F.linear(rms_norm(hidden[ends.to(self.device)], self._norm, self.config.rms_norm_eps), self._head)
+        logits = _product(self._normed(hidden[ends.to(self.device)]), self._head)
         back = torch.empty(len(order), dtype=torch.int64)
         back[torch.tensor(order)] = torch.arange(len(order))
         return logits.to(torch.float32).cpu()[back]
@@ -149,46 +163,57 @@ class PagedDecoder:
         groups: list[_Group],
         interrupted: Callable[[], bool],
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states after the layer, and the keys and values that were written to `rows`."""
         config = self.config
-        heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        count, eps = hidden.shape[0], config.rms_norm_eps
-        qkv = F.linear(rms_norm(hidden, layer.input_norm, eps), layer.qkv).view(count, -1, size)
-        turned = qkv[:, : heads + kv_heads]
-        half = size // 2
-        swapped = torch.cat((-turned[..., half:], turned[..., :half]), dim=-1)
-        turned = torch.addcmul(turned * cos, swapped, sin)
-        new = torch.cat((turned[:, heads:], qkv[:, heads + kv_heads :]), dim=1).to(self._rows.dtype)
-        new = new.view(-1, size)
+        heads, size, count = config.num_attention_heads, config.head_dim, hidden.shape[0]
+        qkv = _product(self._normed(hidden), layer.qkv).view(count, -1, size)
+        turned = qkv[:, : heads + config.num_key_value_heads]
+        torch.addcmul(turned * cos, turned.roll(size // 2, -1), sin, out=turned)
+        new = qkv[:, heads:].to(self._rows.dtype).reshape(-1, self._rows.shape[1])
         self._rows[rows] = new
-        mixed = torch.empty(count, heads * size, dtype=_COMPUTE, device=self.device)
-        for group in groups:
-            if interrupted():
-                raise Interrupted
-            last_row = group.first_row + group.requests * group.queries
-            part = self._attend(group, number, turned[group.first_row : last_row, :heads])
-            mixed[group.first_row : last_row] = part
-        hidden = torch.addmm(hidden, mixed, layer.out)
-        gate_up = F.linear(rms_norm(hidden, layer.post_norm, eps), layer.gate_up)
-        inner = config.intermediate_size
-        hidden = torch.addmm(hidden, F.silu(gate_up[:, :inner]) * gate_up[:, inner:], layer.down)
-        return hidden, new
+        spread = (qkv[:, :heads, None] * self._head_to_kv).view(count, heads, -1)
+        if len(groups) == 1:
+            mixed = self._attend(groups[0], number, spread)
+        else:
+            mixed = torch.empty(count, spread[0].numel(), dtype=_COMPUTE, device=self.device)
+            for group in groups:
+                if interrupted():
+                    raise Interrupted
+                last_row = group.first_row + group.requests * group.queries
+                mixed[group.first_row : last_row] = self._attend(
+                    group, number, spread[group.first_row : last_row]
+                )
+        hidden = hidden + _product(mixed, layer.out)
+        gate, up = _product(self._normed(hidden), layer.gate_up).chunk(2, dim=1)
+        return hidden + _product(F.silu(gate).mul_(up), layer.down), new
+
+    def _normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """RMS norm without its weight, which is folded into the matrix that follows."""
+        # mean(x^2) + eps, times the width: the root of the width is in the matrix as well.
+        scale = hidden.square().sum(-1, keepdim=True).add_(self.config.rms_norm_eps * hidden.shape[1])
+        return hidden * scale.rsqrt_()
 
     def _attend(self, group: _Group, number: int, query: torch.Tensor) -> torch.Tensor:
-        """Attention output [requests * queries, heads * head_dim] of one group."""
-        config = self.config
-        kv_heads, size = config.num_key_value_heads, config.head_dim
-        per_kv = config.num_attention_heads // kv_heads
-        blocks = self._rows.view(-1, self.layout.block_tokens * size)
-        gathered = blocks.index_select(0, group.rows + number * 2 * kv_heads).to(_COMPUTE)
-        keys, values = gathered.view(2, group.requests * kv_heads, group.length, size)
-        query = query.reshape(group.requests, group.queries, kv_heads, per_kv, size).permute(0, 2, 3, 1, 4)
-        query = query.reshape(group.requests * kv_heads, per_kv * group.queries, size)
-        scores = torch.bmm(query, keys.transpose(1, 2)).mul_(size**-0.5)
-        by_head = scores.view(group.requests, kv_heads * per_kv, group.queries, group.length)
-        by_head += group.mask
+        """Attention output [requests * queries, heads * kv_heads * head_dim] of one group.
+
+        `query` [rows, heads, kv_heads * head_dim] is zero outside the head's own KV head, so that one product
+        a request serves all heads: on a CPU the number of small products decides the time, not their size.
+        The output's parts of other KV heads meet zeros in `_Layer.out`."""
+        heads, width = self.config.num_attention_heads, self._rows.shape[1]
+        blocks = self._rows.view(-1, self.layout.block_tokens * width)
+        gathered = blocks.index_select(0, group.rows + 2 * number).to(_COMPUTE)
+        keys, values = gathered.view(2, group.requests, -1, width)[:, :, : group.length]
+        if group.queries > 1:
+            query = query.view(group.requests, group.queries, heads, width).transpose(1, 2)
+            query = query.reshape(group.requests, heads * group.queries, width)
+        scores = torch.bmm(query, keys.transpose(1, 2))
+        if group.mask is not None:
+            by_head = scores.view(group.requests, heads, group.queries, group.length)
+            by_head += group.mask
         mixed = torch.bmm(scores.softmax(-1), values)
-        mixed = mixed.view(group.requests, kv_heads, per_kv, group.queries, size).permute(0, 3, 1, 2, 4)
-        return mixed.reshape(group.requests * group.queries, -1)
+        if group.queries > 1:
+            mixed = mixed.view(group.requests, heads, group.queries, width).transpose(1, 2)
+        return mixed.reshape(group.requests * group.queries, heads * width)
 
     def _groups(self, ordered: list[Work]) -> list[_Group]:
         decoding = sum(1 for work in ordered if len(work.ids) == 1)
@@ -202,29 +227,24 @@ class PagedDecoder:
 
     def _group(self, chunk: list[Work], first_row: int) -> _Group:
         queries = len(chunk[0].ids)
-        block_tokens, kv_heads = self.layout.block_tokens, self.layout.kv_heads
+        block_tokens = self.layout.block_tokens
         longest = max(work.start for work in chunk) + queries
         count = -(-longest // block_tokens)
         table = self._tables[torch.tensor([work.lane for work in chunk]), :count]
-        rows = (table * (self.layout.layers * 2 * kv_heads))[None, :, None, :]
-        rows = rows + torch.arange(2 * kv_heads).view(2, 1, kv_heads, 1)
+        rows = (table * (2 * self.layout.layers))[None] + torch.arange(2).view(2, 1, 1)
+        rows = rows.view(-1).to(self.device)
+        if len(chunk) == queries == 1:
+            return _Group(first_row, 1, 1, longest, rows, None)
         last = torch.tensor([work.start for work in chunk])[:, None] + torch.arange(queries)
-        hidden = torch.arange(count * block_tokens) > last[..., None]
+        hidden = torch.arange(longest) > last[..., None]
         mask = torch.zeros(hidden.shape, dtype=_COMPUTE).masked_fill_(hidden, float("-inf"))
-        return _Group(
-            first_row=first_row,
-            requests=len(chunk),
-            queries=queries,
-            length=count * block_tokens,
-            rows=rows.reshape(-1).to(self.device),
-            mask=mask[:, None].to(self.device),
-        )
+        return _Group(first_row, len(chunk), queries, longest, rows, mask[:, None].to(self.device))
 
     def _target_rows(self, lanes: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Pool rows in layer 0 of the tokens' keys and values, flat [tokens, 2, kv_heads]."""
-        block_tokens, heads = self.layout.block_tokens, 2 * self.layout.kv_heads
+        """Token rows in layer 0 of the tokens' keys and values, flat [tokens, 2]."""
+        block_tokens = self.layout.block_tokens
         slots = self._tables[lanes, torch.div(positions, block_tokens, rounding_mode="floor")]
-        block_rows = (slots * (self.layout.layers * heads))[:, None] + torch.arange(heads)
+        block_rows = (slots * (2 * self.layout.layers))[:, None] + torch.arange(2)
         return (block_rows * block_tokens + (positions % block_tokens)[:, None]).view(-1).to(self.device)
 
     def _write_back(self, written: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -235,14 +255,28 @@ class PagedDecoder:
         def get(name: str) -> torch.Tensor:
             return weights[f"model.layers.{layer}.{name}.weight"]
 
+        config = self.config
+        heads, size, root = config.num_attention_heads, config.head_dim, config.hidden_size**0.5
+        input_norm = get("input_layernorm").double() * root
+        post_norm = get("post_attention_layernorm").double() * root
+        query = get("self_attn.q_proj").double() * size**-0.5
+        qkv = torch.cat([query, get("self_attn.k_proj").double(), get("self_attn.v_proj").double()])
+        gate_up = torch.cat([get("mlp.gate_proj"), get("mlp.up_proj")]).double()
+        out = get("self_attn.o_proj").double().t().reshape(heads, 1, size, -1)
+        out = out * self._head_to_kv[0, :, :, :, None].cpu()
         return _Layer(
-            input_norm=self._place(get("input_layernorm")),
-            qkv=self._place(torch.cat([get(f"self_attn.{name}_proj") for name in "qkv"])),
-            out=self._place(get("self_attn.o_proj").t()),
-            post_norm=self._place(get("post_attention_layernorm")),
-            gate_up=self._place(torch.cat([get("mlp.gate_proj"), get("mlp.up_proj")])),
+            qkv=self._place((qkv * input_norm).t()),
+            out=self._place(out.reshape(-1, config.hidden_size)),
+            gate_up=self._place((gate_up * post_norm).t()),
             down=self._place(get("mlp.down_proj").t()),
         )
 
     def _place(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.device, _COMPUTE).contiguous()
+
+
+def _product(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """A single row goes through BLAS's matrix-vector product, at a third of the time."""
+    if rows.shape[0] == 1:
+        return torch.mv(matrix.t(), rows[0])[None]
+    return torch.mm(rows, matrix)

@@ -1,8 +1,8 @@
 """Choosing the next token, for all requests of a step at once.
 
-Random numbers are a function of (seed, counter): the sampler's whole state is those two integers, and it is carried to
-another node exactly. A token depends on its own row of logits only, never on the other requests of the batch.
-"""
+Random numbers are a function of (seed, counter): the sampler's whole state is those two integers, and it is
+carried to another node exactly. A token depends on its own row of logits only, never on the other requests of
+the batch."""
 
 from __future__ import annotations
 
@@ -56,16 +56,17 @@ def choose(
 ) -> tuple[list[int], list[float | None]]:
     """Next token of each row, and its log probability where it was asked for.
 
-    `logits` [rows, vocab] float32 is changed; `recent` [rows, PENALTY_WINDOW] holds ids, -1 where there are fewer.
-    Log probabilities are of the model's own distribution, before penalties and temperature.
-    """
+    `logits` [rows, vocab] float32 is changed; `recent` [rows, PENALTY_WINDOW] holds ids, -1 where there are
+    fewer. Log probabilities are of the model's own distribution, before penalties and temperature."""
     wanted = [row for row, sampler in enumerate(samplers) if sampler.params.logprobs]
     original = logits[wanted].log_softmax(-1) if wanted else None
     _penalise(logits, samplers, recent)
     tokens: list[int] = logits.argmax(-1).tolist()
     random = [row for row, sampler in enumerate(samplers) if sampler.params.temperature > 0]
     if random:
-        for row, token in zip(random, _sample(logits[random], [samplers[row] for row in random]), strict=True):
+        for row, token in zip(
+            random, _sample(logits[random], [samplers[row] for row in random]), strict=True
+        ):
             tokens[row] = token
     logprobs: list[float | None] = [None] * len(tokens)
     if original is not None:
@@ -93,7 +94,8 @@ def _penalise(logits: torch.Tensor, samplers: Sequence[Sampler], recent: torch.T
 
 
 def _sample(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[int]:
-    """Temperature, then top_k, then top_p, then the inverse of the cumulative distribution at the request's own draw."""
+    """Temperature, then top_k, then top_p, then the inverse of the cumulative distribution at the request's
+    own draw."""
     vocab = logits.shape[1]
     temperature = torch.tensor([s.params.temperature for s in samplers], dtype=torch.float64)[:, None]
     top_k = torch.tensor([s.params.top_k if s.params.top_k > 0 else vocab for s in samplers])[:, None]

@@ -1,14 +1,13 @@
 """The engine's process: one thread that alternates between its socket and steps of the model.
 
-A pause must not wait for a step of many streams, nor for the pace. So the sockets are polled between the layers of a
-step as well; a pause abandons the step, and between steps the loop sleeps in the poll.
-Every event of a step is written before the answer to a later request, on the same connection: whoever reads the answer to
-a pause has read all tokens up to it.
+A pause must not wait for a step of many streams, nor for the pace. So the sockets are polled between the
+layers of a step as well; a pause abandons the step, and between steps the loop sleeps in the poll. Every
+event of a step is written before the answer to a later request, on the same connection: whoever reads the
+answer to a pause has read all tokens up to it.
 
-Requests, one frame each, "id" is echoed: info, tokenize, render_chat, generate, pause, resume, drop, reserve, free, stats.
-Answers have the request's kind, or "error" with code, message, retryable. Requests belong to the connection that brought
-them and go with it.
-"""
+Requests, one frame each, "id" is echoed: info, tokenize, render_chat, generate, pause, resume, drop, reserve,
+free, stats. Answers have the request's kind, or "error" with code, message, retryable. Requests belong to the
+connection that brought them and go with it."""
 
 from __future__ import annotations
 
@@ -86,7 +85,9 @@ class EngineServer:
             sock.setblocking(False)
         self._waker = waker
         self._selector.register(self._woken, selectors.EVENT_READ, self._drain_waker)
-        self._handlers: dict[str, Callable[[_Connection, dict[str, Any], bytes], tuple[dict[str, Any], bytes]]] = {
+        self._handlers: dict[
+            str, Callable[[_Connection, dict[str, Any], bytes], tuple[dict[str, Any], bytes]]
+        ] = {
             "tokenize": self._on_tokenize,
             "render_chat": self._on_render_chat,
             "generate": self._on_generate,
@@ -112,11 +113,7 @@ class EngineServer:
     def run(self) -> None:
         next_step = time.monotonic()
         while not self._stopped:
-            if self._core.idle:
-                timeout = None
-            else:
-                timeout = max(0.0, next_step - time.monotonic())
-            self._poll(timeout)
+            self._poll(None if self._core.idle else max(0.0, next_step - time.monotonic()))
             self._handle_inbox()
             now = time.monotonic()
             if self._core.idle or now < next_step:
@@ -209,22 +206,34 @@ class EngineServer:
                 elif header["kind"] in self._handlers:
                     reply, body = self._handlers[header["kind"]](connection, header, payload)
                 else:
-                    raise Final("unknown_request", f"this engine does not know {header['kind']!r}: use one release")
+                    raise Final(
+                        "unknown_request", f"this engine does not know {header['kind']!r}: use one release"
+                    )
             except MidstreamError as error:
                 reply = _error_json(error)
             except (KeyError, TypeError, ValueError) as error:
-                reply = _error_json(Final("bad_request", f"{header['kind']}: {type(error).__name__}: {error}"))
-            self._send(connection, ipc.encode({"kind": header["kind"], **reply, "id": header.get("id")}, body), fds)
+                reply = _error_json(
+                    Final("bad_request", f"{header['kind']}: {type(error).__name__}: {error}")
+                )
+            self._send(
+                connection, ipc.encode({"kind": header["kind"], **reply, "id": header.get("id")}, body), fds
+            )
 
-    def _on_tokenize(self, _c: _Connection, header: dict[str, Any], _p: bytes) -> tuple[dict[str, Any], bytes]:
+    def _on_tokenize(
+        self, _c: _Connection, header: dict[str, Any], _p: bytes
+    ) -> tuple[dict[str, Any], bytes]:
         tokenizer = self._core.tokenizer
         return {"ids": [tokenizer.bos_id, *tokenizer.encode(str(header["text"]))]}, b""
 
-    def _on_render_chat(self, _c: _Connection, header: dict[str, Any], _p: bytes) -> tuple[dict[str, Any], bytes]:
+    def _on_render_chat(
+        self, _c: _Connection, header: dict[str, Any], _p: bytes
+    ) -> tuple[dict[str, Any], bytes]:
         return {"ids": render_chat(self._core.tokenizer, header["messages"])}, b""
 
-    def _on_generate(self, connection: _Connection, header: dict[str, Any], payload: bytes) -> tuple[dict[str, Any], bytes]:
-        """Payload: JSON list of {request_id, paused, state | prompt_ids + params}. Each succeeds or fails by itself."""
+    def _on_generate(
+        self, connection: _Connection, header: dict[str, Any], payload: bytes
+    ) -> tuple[dict[str, Any], bytes]:
+        """Payload: JSON list of {request_id, paused, state | prompt_ids + params}; one may fail alone."""
         errors = {}
         for item in json.loads(payload):
             request_id, paused = str(item["request_id"]), bool(item.get("paused"))
@@ -232,14 +241,18 @@ class EngineServer:
                 if item.get("state") is not None:
                     state = EngineState.from_json(item["state"])
                     self._core.add_state(request_id, state, paused=paused)
-                    connection.reserved.difference_update(block.slot for block in state.kv if block.slot is not None)
+                    connection.reserved.difference_update(
+                        block.slot for block in state.kv if block.slot is not None
+                    )
                 else:
                     params = SamplingParams.from_json(item["params"])
                     self._core.add(request_id, item["prompt_ids"], params, paused=paused)
             except MidstreamError as error:
                 errors[request_id] = _error_json(error)
             except (KeyError, TypeError, ValueError) as error:
-                errors[request_id] = _error_json(Final("bad_request", f"generate: {type(error).__name__}: {error}"))
+                errors[request_id] = _error_json(
+                    Final("bad_request", f"generate: {type(error).__name__}: {error}")
+                )
             else:
                 connection.requests.add(request_id)
                 self._owner[request_id] = connection
@@ -259,7 +272,9 @@ class EngineServer:
             self._disown(request_id)
         return {}, b""
 
-    def _on_reserve(self, connection: _Connection, header: dict[str, Any], _p: bytes) -> tuple[dict[str, Any], bytes]:
+    def _on_reserve(
+        self, connection: _Connection, header: dict[str, Any], _p: bytes
+    ) -> tuple[dict[str, Any], bytes]:
         count = int(header["n"])
         if count < 0:
             raise Final("bad_request", f"cannot reserve {count} slots")
@@ -267,7 +282,9 @@ class EngineServer:
         connection.reserved.update(slots)
         return {"slots": slots}, b""
 
-    def _on_free(self, connection: _Connection, header: dict[str, Any], _p: bytes) -> tuple[dict[str, Any], bytes]:
+    def _on_free(
+        self, connection: _Connection, header: dict[str, Any], _p: bytes
+    ) -> tuple[dict[str, Any], bytes]:
         slots = connection.reserved.intersection(header["slots"])
         connection.reserved -= slots
         self._core.pool.release_reserved(sorted(slots))
@@ -297,7 +314,9 @@ class EngineServer:
 
 
 def _error_json(error: MidstreamError) -> dict[str, Any]:
-    return {"error": {"code": error.code, "message": error.message, "retryable": isinstance(error, Retryable)}}
+    return {
+        "error": {"code": error.code, "message": error.message, "retryable": isinstance(error, Retryable)}
+    }
 
 
 def _info_json(info: EngineInfo) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The tiny model's chat template.
 
-    <|bos|> { <|system|>, <|user|> or <|assistant|>  text  <|end|> }...  <|assistant|>
+<|bos|> { <|system|>, <|user|> or <|assistant|>  text  <|end|> }...  <|assistant|>
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ def render_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> 
         role = message.get("role")
         if role not in _ROLES:
             raise Final("bad_messages", f"role {role!r} is not known to this model: use {', '.join(_ROLES)}")
-        ids += [tokenizer.special_ids[_ROLES[role]], *tokenizer.encode(_text(message.get("content"))), tokenizer.eos_id]
+        ids += [
+            tokenizer.special_ids[_ROLES[role]],
+            *tokenizer.encode(_text(message.get("content"))),
+            tokenizer.eos_id,
+        ]
     return [*ids, tokenizer.special_ids["<|assistant|>"]]
 
 

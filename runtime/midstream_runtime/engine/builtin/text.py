@@ -1,4 +1,5 @@
-"""From tokens to the text a client sees: whole characters only, and nothing that may be part of a stop string."""
+"""From tokens to the text a client sees: whole characters only, and nothing that may be part of a stop
+string."""
 
 from __future__ import annotations
 
@@ -10,7 +11,9 @@ from midstream_runtime.engine.builtin.tokenizer import IncrementalDecoder, Token
 class TextStream:
     """Text of one answer. Its whole state is `undecoded` and `held`, so that it travels with a migration."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], undecoded: bytes = b"", held: str = "") -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Sequence[str], undecoded: bytes = b"", held: str = ""
+    ) -> None:
         self._decoder = IncrementalDecoder(tokenizer, undecoded)
         self._stop = [text for text in stop if text]
         self.held = held

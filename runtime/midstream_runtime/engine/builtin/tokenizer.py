@@ -1,10 +1,9 @@
 """Byte-level BPE: text to token ids and back, without a third-party library.
 
-The engine, the training script and the tests share this module, so it must stay free of torch. Ids are laid out as
-256 single bytes, then one id a merge in the order of training, then the special tokens. Every text has an encoding
-(bytes are tokens), and every sequence of ids has bytes; only complete UTF-8 sequences may be shown to a client, which
-is `IncrementalDecoder`'s business.
-"""
+The engine, the training script and the tests share this module, so it must stay free of torch. Ids are laid
+out as 256 single bytes, then one id a merge in the order of training, then the special tokens. Every text has
+an encoding (bytes are tokens), and every sequence of ids has bytes; only complete UTF-8 sequences may be
+shown to a client, which is `IncrementalDecoder`'s business."""
 
 from __future__ import annotations
 
@@ -12,6 +11,7 @@ import codecs
 import json
 import re
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 _WORD = re.compile(r"'(?:s|t|re|ve|m|ll|d)(?![a-z])| ?[^\W\d_]+| ?\d+| ?[^\s\w]+| ?_+|\s+(?!\S)|\s+")
@@ -54,7 +54,8 @@ class Tokenizer:
         path.write_text(json.dumps(data, separators=(",", ":")) + "\n", encoding="utf-8")
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text. The names of special tokens inside a text are text: a prompt cannot forge a role."""
+        """Ids of plain text. The names of special tokens inside a text are text: a prompt cannot forge a
+        role."""
         ids: list[int] = []
         for word in split_words(text):
             ids.extend(self._encode_word(word))
@@ -70,7 +71,7 @@ class Tokenizer:
     def _merge(self, word: str) -> tuple[int, ...]:
         ids = list(word.encode("utf-8", errors="replace"))
         while len(ids) > 1:
-            rank, at = min((self._rank.get(pair, 1 << 30), i) for i, pair in enumerate(zip(ids, ids[1:], strict=False)))
+            rank, at = min((self._rank.get(pair, 1 << 30), i) for i, pair in enumerate(pairwise(ids)))
             if rank == 1 << 30:
                 break
             ids[at : at + 2] = [256 + rank]
@@ -80,8 +81,8 @@ class Tokenizer:
 class IncrementalDecoder:
     """Bytes of successive tokens in, text out, never half a character.
 
-    An invalid byte becomes U+FFFD as soon as it is known to be invalid; an incomplete sequence waits for its rest.
-    """
+    An invalid byte becomes U+FFFD as soon as it is known to be invalid; an incomplete sequence waits for its
+    rest."""
 
     def __init__(self, tokenizer: Tokenizer, pending: bytes = b"") -> None:
         self._tokenizer = tokenizer

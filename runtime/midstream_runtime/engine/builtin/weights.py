@@ -1,9 +1,9 @@
 """Model folder on disk: Llama's configuration, safetensors weights, fingerprint.
 
-The folder is laid out as Hugging Face lays out a Llama (`config.json`, `model.safetensors`, same tensor names), so
-`LlamaForCausalLM.from_pretrained` opens it too, which is how the engine is checked. The safetensors format is a
-little-endian u64 header length, a JSON header and raw tensors; reading it takes ten lines and no dependency.
-"""
+The folder is laid out as Hugging Face lays out a Llama (`config.json`, `model.safetensors`, same tensor
+names), so `LlamaForCausalLM.from_pretrained` opens it too, which is how the engine is checked. The
+safetensors format is a little-endian u64 header length, a JSON header and raw tensors; reading it takes ten
+lines and no dependency."""
 
 from __future__ import annotations
 
