@@ -107,9 +107,8 @@ def test_every_client_reaches_the_pod_before_and_after_a_move(world: World, vers
     for name, client in clients(world).items():
         assert echo(client, world.pod_a, ip), name
     world.move(ip)
-    for name in ("outside", "in the vpc"):
-        peer, _ = echo(clients(world)[name], world.pod_b, ip)
-        client = clients(world)[name]
+    for client in (world.out, world.inside):
+        peer, _ = echo(client, world.pod_b, ip)
         assert peer in (client.ipv4, client.ipv6), "no address may be rewritten on the way"
 
 
@@ -245,10 +244,10 @@ def tcp_packet(src: str, dst: str, sport: int, dport: int, seq: int, ack: int, f
 
 
 def checksum(data: bytes) -> int:
-    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
-    return ~total & 0xFFFF
+    return 0xFFFF - total
 
 
 def send_ip(place: Namespace, packet: bytes, dst: str) -> None:

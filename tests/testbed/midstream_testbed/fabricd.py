@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import functools
 import gc
 import heapq
 import ipaddress
@@ -48,11 +49,12 @@ RTA_DST, RTA_OIF, RTA_GATEWAY = 1, 4, 5
 RT_TABLE_MAIN, RTPROT_STATIC, RTN_UNICAST, RTNH_F_ONLINK = 254, 4, 1, 4
 
 
-@dataclass
+@dataclass(eq=False)
 class Port:
     """A router interface and what is behind it. Gateways are the interface's own primary addresses."""
 
     ifindex: int
+    ifname: str
     host: str
     eni: str
     mac: str
@@ -97,8 +99,10 @@ def _attribute(kind: int, value: bytes) -> bytes:
     return head + value + b"\0" * (-len(value) % 4)
 
 
+@functools.cache
 def route_message(ip: str, port: Port | None) -> bytes:
-    """Netlink message that makes the address's route point to `port`, or that deletes it."""
+    """Netlink message that makes the address's route point to `port`, or that deletes it. Cached, and the
+    cache is warm before the first move: the time from announcement to route is part of the clients' stall."""
     address = ipaddress.ip_address(ip)
     gateway = (port.gateway4 if address.version == 4 else port.gateway6) if port else ""
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
@@ -166,7 +170,7 @@ class Fabric:
     """The table, its pending moves and the hooks that tests turn. Its only I/O is the write in `_apply`."""
 
     def __init__(self) -> None:
-        self.ports: dict[int, Port] = {}
+        self.ports: dict[str, Port] = {}  # by the router's name of the interface
         self.addresses: dict[str, Address] = {}
         self.moves: list[Move] = []
         self.hooks: dict[str, Any] = {"move_seconds": 0.0, "refuse": False, "lie": False}
@@ -177,11 +181,11 @@ class Fabric:
 
     # -- asking for moves
 
-    def announce(self, heard: list[tuple[int, str, str]]) -> None:
+    def announce(self, heard: list[tuple[str, str, str]]) -> None:
         """A batch of announcements: (router interface, address, sender's MAC)."""
         moves = []
-        for ifindex, ip, mac in heard:
-            port, address = self.ports.get(ifindex), self.addresses.get(ip)
+        for ifname, ip, mac in heard:
+            port, address = self.ports.get(ifname), self.addresses.get(ip)
             if port is None or address is None or port.mac != mac:
                 self.ignored += 1
                 continue
@@ -269,29 +273,33 @@ class Fabric:
 
     def op_add_port(self, **given: Any) -> None:
         port = Port(**given)
-        self.ports[port.ifindex] = port
+        self.ports[port.ifname] = port
+        for ip in self.addresses:
+            route_message(ip, port)
 
-    def op_remove_port(self, ifindex: int) -> None:
+    def op_remove_port(self, ifname: str) -> None:
         """The interface is gone: its addresses stay allocated and belong to nobody until somebody asks."""
-        port = self.ports.pop(ifindex)
+        port = self.ports.pop(ifname)
         port.attached = False
         for address in self.addresses.values():
             if address.port is port:
                 address.port = None
 
-    def op_allocate(self, ip: str, ifindex: int) -> None:
+    def op_allocate(self, ip: str, ifname: str) -> None:
         if ip in self.addresses:
             raise ValueError(f"{ip} is allocated already")
-        port = self.ports[ifindex]
+        port = self.ports[ifname]
         self._apply([(ip, port)])
         self.addresses[ip] = Address(ip, port)
+        for other in self.ports.values():
+            route_message(ip, other)
 
     def op_release(self, ip: str) -> None:
         self._apply([(ip, None)])
         del self.addresses[ip]
 
-    def op_assign(self, ip: str, ifindex: int) -> None:
-        self._effect(self.request(self.addresses[ip], self.ports[ifindex]))
+    def op_assign(self, ip: str, ifname: str) -> None:
+        self._effect(self.request(self.addresses[ip], self.ports[ifname]))
 
     def op_reverse(self, ip: str) -> None:
         """The move is undone at once and against the will of the new owner."""
@@ -360,7 +368,7 @@ class Server:
             times.append(due)
         return max(0.0, min(times)) if times else None
 
-    def _heard(self) -> list[tuple[int, str, str]]:
+    def _heard(self) -> list[tuple[str, str, str]]:
         heard = []
         for sock in self.packets:
             with contextlib.suppress(BlockingIOError):
@@ -368,14 +376,8 @@ class Server:
                     frame, (ifname, _, direction, *_) = sock.recvfrom(128)
                     found = announced(frame) if direction != PACKET_OUTGOING else None
                     if found:
-                        heard.append((self._ifindex(ifname), *found))
+                        heard.append((ifname, *found))
         return heard
-
-    def _ifindex(self, ifname: str) -> int:
-        try:
-            return socket.if_nametoindex(ifname)
-        except OSError:
-            return -1  # the interface went away with its host after the packet was queued
 
     def _accept(self) -> None:
         sock, _ = self.control.accept()

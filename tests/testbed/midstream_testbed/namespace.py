@@ -156,7 +156,7 @@ class Namespace:
             sock.send(frame)
 
     def nft(self, rules: str) -> None:
-        self.run(["nft", "-f", "-"], input=rules)
+        self.run(["nft", "-f", "-"], input=rules, privileged=True)
 
     def set_congestion_control(self, name: str) -> None:
         """Default of new connections. By route as well, since an algorithm that the machine does not list in

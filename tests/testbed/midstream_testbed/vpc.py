@@ -168,13 +168,9 @@ class Vpc:
         eni = self._wire(host, name, INSIDE, FIRST_HOST + 8 * host.number + device_index, device_index)
         if device_index == 0:
             self.router.netlink(lambda ip: _route_pods(ip, host.number, eni))
-        described: dict[str, Any] = {
-            "ifindex": eni.router_ifindex,
-            "host": host.name,
-            "eni": name,
-            "mac": eni.mac,
-        }
-        self.fabric.call("add_port", **described, gateway4=eni.ipv4, gateway6=eni.ipv6)
+        router_end: dict[str, Any] = {"ifindex": eni.router_ifindex, "ifname": eni.router_ifname}
+        host_end: dict[str, Any] = {"host": host.name, "eni": name, "mac": eni.mac}
+        self.fabric.call("add_port", **router_end, **host_end, gateway4=eni.ipv4, gateway6=eni.ipv6)
         if self.tracked_security_group and device_index:
             self.router.nft(strict.TRACKED_PORT % {"port": eni.router_ifname, "zone": eni.router_ifindex})
         return eni
@@ -211,7 +207,7 @@ class Vpc:
         if self.closed:
             return
         if any(eni in host.enis for host in self.hosts.values()):
-            self.fabric.call("remove_port", ifindex=eni.router_ifindex)
+            self.fabric.call("remove_port", ifname=eni.router_ifname)
         self.router.netlink(lambda ip: ip.link("del", index=eni.router_ifindex))
 
     # -- machines
@@ -249,7 +245,7 @@ class Vpc:
         address = ipaddress.ip_address(ip)
         if address not in ipaddress.ip_network(SUBNET4 if address.version == 4 else SUBNET6):
             raise ValueError(f"{ip} is not in the VPC's subnet")
-        self.fabric.call("allocate", ip=str(address), ifindex=(eni or host.eth1).router_ifindex)
+        self.fabric.call("allocate", ip=str(address), ifname=(eni or host.eth1).router_ifname)
         return str(address)
 
     def release(self, ip: str) -> None:
@@ -257,9 +253,7 @@ class Vpc:
 
     def assign(self, ip: str, host: Host, eni: Eni | None = None) -> None:
         """Ask for a move as EC2's API does (AssignPrivateIpAddresses); the hooks apply."""
-        self.fabric.call(
-            "assign", ip=str(ipaddress.ip_address(ip)), ifindex=(eni or host.eth1).router_ifindex
-        )
+        self.fabric.call("assign", ip=str(ipaddress.ip_address(ip)), ifname=(eni or host.eth1).router_ifname)
 
     # -- the end
 
