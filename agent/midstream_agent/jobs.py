@@ -32,8 +32,10 @@ class Record:
     job: SourceJob | None = None
 
     def add(self, event: pb.MigrateEvent) -> None:
+        """Keep an event; whoever follows hears of it at once, unless clients wait: then right after."""
         self.events.append(event)
-        self.news.set()
+        if self.job is None or not self.job.clients_wait:
+            self.news.set()
 
     @property
     def ended(self) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import logging
 import signal
 import sys
@@ -69,6 +70,8 @@ async def run(settings: Settings) -> None:
     node = await Node.start(settings)
     server, _, _ = await serve(node)
     logging.getLogger(__name__).info("agent of %s listens on %s", settings.node, settings.listen)
+    gc.collect()
+    gc.freeze()  # what is loaded now lives for ever: no collection during a hold walks through it
     print(f"ready {settings.node}", flush=True)
     await stop.wait()
     await server.stop(settings.timeouts.stop_s)

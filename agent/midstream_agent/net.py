@@ -175,18 +175,6 @@ class NetWorker:
             {"src": address, "src_len": bits, "table": s.fip_table, "priority": s.fip_rule_from, "family": family},
         ]
 
-    def add_route(self, address: str, link: Link) -> None:
-        self.host.route("replace", **self._route(address, link))
-
-    def del_route(self, address: str, link: Link) -> None:
-        _unless_gone(self.host.route, "del", **self._route(address, link))
-
-    def _route(self, address: str, link: Link) -> dict[str, Any]:
-        args: dict[str, Any] = {"dst": f"{address}/{_bits(address)}", "oif": link.index, "table": 254}
-        if ":" in address:
-            return {**args, "family": socket.AF_INET6}
-        return {**args, "scope": "link", "family": socket.AF_INET}
-
     def routed_addresses(self) -> dict[str, int]:
         """Floating IPs that lead to a pod of this node, with the ifindex of the pod's host-side link."""
         found: dict[str, int] = {}

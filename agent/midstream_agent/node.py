@@ -21,6 +21,7 @@ from midstream_agent.hold import Hold
 from midstream_agent.inject import Injector
 from midstream_agent.net import Link, NetWorker
 from midstream_agent.pods import Pod, find_pod
+from midstream_agent.routes import RouteSocket
 from midstream_agent.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ class Node:
     hold: Hold
     nic: Nic
     injector: Injector
+    routes: RouteSocket
     responders: list[Responder]
     tasks: Tasks = field(default_factory=Tasks)
     linger: dict[bytes, asyncio.Task[None]] = field(default_factory=dict)
@@ -89,7 +91,7 @@ class Node:
         responders = [
             Responder(a, settings.probe_port, await net.run(net.interface_of, a)) for a in settings.node_addresses
         ]
-        node = cls(settings, boot_id, net, hold, nic, injector, responders)
+        node = cls(settings, boot_id, net, hold, nic, injector, RouteSocket(), responders)
         node._load_epochs()
         nic.start()
         for responder in responders:
@@ -103,6 +105,7 @@ class Node:
         for responder in self.responders:
             responder.close()
         self.injector.close()
+        self.routes.close()
         self.net.close()
 
     @property
@@ -125,11 +128,11 @@ class Node:
         added = await self.net.run(self.net.add_pod_address, at.pod.netns_fd, address)
         await self.net.run(self.net.add_rules, address)
         if route:
-            await self.net.run(self.net.add_route, address, at.link)
+            self.routes.add(address, at.link.index)
         return added
 
     async def unplumb(self, at: Attached, address: str) -> None:
-        await self.net.run(self.net.del_route, address, at.link)
+        self.routes.delete(address, at.link.index)
         await self.net.run(self.net.del_rules, address)
         await self.net.run(self.net.del_pod_address, at.pod.netns_fd, address)
 

@@ -7,8 +7,9 @@ again what it had to say; requests are idempotent at the target by job and by wh
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn
 
 from grpc import aio
 from midstream_runtime.contract.errors import Final, MidstreamError, Retryable, error_from
@@ -19,7 +20,8 @@ from midstream_agent.contract import agent_pb2_grpc as rpc
 from midstream_agent.settings import Settings
 
 PROTOCOL, MIN_PROTOCOL = 1, 1
-T = TypeVar("T")
+log = logging.getLogger(__name__)
+_BROKEN = (TimeoutError, aio.AioRpcError, aio.UsageError, asyncio.InvalidStateError)
 
 
 def channel_options(settings: Settings) -> list[tuple[str, Any]]:
@@ -51,6 +53,7 @@ class PeerSession:
         self._channel: aio.Channel | None = None
         self._call: Any = None
         self._next_id = 0
+        self._asked: list[str] = []
         self.boot_id = ""
         self.was_boot_id = ""  # of the first session: another one later proves that the node is gone
 
@@ -60,7 +63,8 @@ class PeerSession:
         options = [*channel_options(self._settings), ("grpc.ssl_target_name_override", self.node)]
         self._channel = aio.secure_channel(self.endpoint, tls.channel_credentials(self._settings.tls), options)
         self._call = rpc.PeerStub(self._channel).Session()  # type: ignore[no-untyped-call]
-        reply = await self.ask(pb.PeerRequest(hello=self._hello), self._settings.timeouts.peer_connect_s)
+        await self.post(pb.PeerRequest(hello=self._hello))
+        reply = await self.answer(self._settings.timeouts.peer_connect_s)
         hello = reply.hello
         if hello.protocol < MIN_PROTOCOL or PROTOCOL < hello.min_protocol:
             raise Final(
@@ -81,28 +85,60 @@ class PeerSession:
         """Send one request and return its reply; what the peer refuses is raised as it said it."""
         if self._call is None:
             await self.open()
-        what = request.WhichOneof("body")
+        await self._drain(timeout_s)
+        await self.post(request)
+        return await self.answer(timeout_s)
+
+    async def _drain(self, timeout_s: float | None) -> None:
+        """Answers that nobody fetched, since something failed between asking and fetching."""
+        while self._asked:
+            what = self._asked[0]
+            try:
+                await self.answer(timeout_s)
+            except Final as e:
+                log.info("%s of %s was refused, and is not wanted any more: %s", what, self.node, e)
+
+    async def post(self, request: pb.PeerRequest) -> None:
+        """Send a request whose answer is fetched later: answers come in the order of the requests, and the peer
+        begins no request before the one before it has ended. Saves a round trip while clients wait."""
+        if self._call is None:
+            raise Retryable("peer_unreachable", f"the session with {self.node} broke before it was asked")
         self._next_id += 1
         request.id = self._next_id
+        self._asked.append(str(request.WhichOneof("body")))
+        try:
+            async with asyncio.timeout(self._settings.timeouts.peer_reply_s):
+                await self._call.write(request)
+        except _BROKEN as e:
+            await self._give_up(e)
+
+    async def answer(self, timeout_s: float | None = None) -> pb.PeerReply:
+        """The reply to the oldest request that was posted."""
+        if self._call is None or not self._asked:
+            raise Retryable("peer_unreachable", f"the session with {self.node} broke before it answered")
+        what = self._asked.pop(0)
         try:
             async with asyncio.timeout(timeout_s or self._settings.timeouts.peer_reply_s):
-                await self._call.write(request)
                 reply = await self._call.read()
-        except TimeoutError as e:
-            await self.close()
-            raise Retryable("peer_timeout", f"agent on {self.node} did not answer {what} in time") from e
-        except (aio.AioRpcError, aio.UsageError, asyncio.InvalidStateError) as e:
-            await self.close()
-            raise Retryable("peer_unreachable", f"agent on {self.node} ({self.endpoint}): {_details(e)}") from e
+        except _BROKEN as e:
+            await self._give_up(e, what)
         if reply is aio.EOF:
             status = await self._call.code(), await self._call.details()
             await self.close()
             raise Retryable("peer_unreachable", f"agent on {self.node} ended the session: {status[0]} {status[1]}")
         if reply.WhichOneof("body") == "error":
-            raise error_from({"code": reply.error.code, "message": reply.error.message, "retryable": reply.error.retryable})
+            error = reply.error
+            raise error_from({"code": error.code, "message": error.message, "retryable": error.retryable})
         return reply  # type: ignore[no-any-return]
 
+    async def _give_up(self, e: Exception, what: str = "a request") -> NoReturn:
+        await self.close()
+        if isinstance(e, TimeoutError):
+            raise Retryable("peer_timeout", f"agent on {self.node} did not answer {what} in time") from e
+        raise Retryable("peer_unreachable", f"agent on {self.node} ({self.endpoint}): {_details(e)}") from e
+
     async def close(self) -> None:
+        self._asked = []
         if self._call is not None:
             self._call.cancel()
             self._call = None

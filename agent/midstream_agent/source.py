@@ -66,6 +66,7 @@ class SourceJob:
     peer_gone: str = ""
     abort_asked: bool = False
     frozen_at: float = 0.0
+    clients_wait: bool = False
 
     # -- what the saga's loop asks ---------------------------------------------------------------------
 
@@ -248,6 +249,7 @@ async def unprepare(job: SourceJob) -> None:
 async def pause(job: SourceJob) -> None:
     """Take the streams from the pod at a token boundary; refuse by name what cannot move."""
     at, handoff = job.live_pod()
+    job.clients_wait = True
     while True:
         await _ask_pause(job)
         refusals = pods.check_stream_fds(at.pod, job.fds, set(job.addresses))
@@ -287,6 +289,7 @@ async def _resume(job: SourceJob, handoff: HandoffClient) -> None:
 async def unpause(job: SourceJob) -> None:
     _, handoff = job.live_pod()
     await _resume(job, handoff)
+    job.clients_wait = False
 
 
 # -- HOLD, EXPORT ------------------------------------------------------------------------------------------
@@ -340,9 +343,11 @@ async def send(job: SourceJob) -> None:
     ship = pb.PeerShip(
         checkpoints=checkpoints, state=job.state, streams=job.streams, kv_blocks=len(job.kv), kv=await _send_kv(job)
     )
-    reply = await job.peer.ask(pb.PeerRequest(ship=ship))
+    await job.peer.post(pb.PeerRequest(ship=ship))
+    # The target begins the address move only once it has restored. Asking now saves clients a round trip.
+    await _ask_move(job)
+    reply = await job.peer.answer()
     job.report.restore_us = reply.restored.restore_us
-    job.report.streams.migrated = 0
 
 
 async def _send_kv(job: SourceJob) -> list[pb.PeerKvChunk]:
@@ -368,7 +373,12 @@ async def _send_kv(job: SourceJob) -> list[pb.PeerKvChunk]:
 
 
 async def unsend(job: SourceJob) -> None:
-    """Ask until the target says that it threw everything away, or its node is proven gone."""
+    """Ask until the target says that it threw everything away, or its node is proven gone; then the address back."""
+    await _discard(job)
+    await unmove_address(job)
+
+
+async def _discard(job: SourceJob) -> None:
     if job.peer is None or job.discarded:
         return
     await job.insist(pb.PeerRequest(discard=pb.PeerDiscard(reason="rolled back")))
@@ -378,19 +388,24 @@ async def unsend(job: SourceJob) -> None:
 # -- MOVE_ADDRESS (switchover Wait) ------------------------------------------------------------------------
 
 
-async def move_address(job: SourceJob) -> None:
-    """Let the network bring the addresses to the target, and have the target prove it."""
+async def _ask_move(job: SourceJob) -> None:
     assert job.peer is not None
     at, _ = job.live_pod()
-    net, settings = job.node.net, job.node.settings
+    settings = job.node.settings
     job.moving = True
     for address in job.addresses:
-        await net.run(net.del_route, address, at.link)
+        job.node.routes.delete(address, at.link.index)
     body = pb.PeerMoveAddress(
         addresses=job.addresses, probe_addresses=settings.node_addresses, probe_port=settings.probe_port
     )
-    timeout_s = settings.timeouts.address_confirm_s + settings.timeouts.peer_reply_s
-    reply = await job.peer.ask(pb.PeerRequest(move_address=body), timeout_s)
+    await job.peer.post(pb.PeerRequest(move_address=body))
+
+
+async def move_address(job: SourceJob) -> None:
+    """The network brings the addresses to the target, which proves it; asked for in SEND."""
+    assert job.peer is not None
+    timeouts = job.node.settings.timeouts
+    reply = await job.peer.answer(timeouts.address_confirm_s + timeouts.peer_reply_s)
     job.note("MOVE_ADDRESS", "proved", f"path proved after {reply.address_moved.took_ms:.1f} ms")
 
 
@@ -398,11 +413,11 @@ async def unmove_address(job: SourceJob) -> None:
     """The target first lets go, then the address comes back and its path is proved, then clients go on."""
     if not job.moving:
         return
-    await unsend(job)
+    await _discard(job)
     at, _ = job.live_pod()
     node = job.node
     for address in job.addresses:
-        await node.net.run(node.net.add_route, address, at.link)
+        node.routes.add(address, at.link.index)
     node.nic.announce(job.addresses)
     if not job.gone():
         await asyncio.gather(*(_prove_back(job, a) for a in job.addresses))
@@ -434,6 +449,7 @@ async def commit(job: SourceJob) -> None:
     job.node.set_state(job.keys, FLOW_MOVED)
     if reply is None:
         raise Final("target_lost", "the target's node is gone after the point of no return: its streams are lost")
+    job.clients_wait = False
     job.report.streams.migrated = reply.activated.streams
     if job.frozen_at:
         job.report.hold_ms = (time.monotonic() - job.frozen_at) * 1000

@@ -72,6 +72,7 @@ class TargetJob:
         self.state = PREPARED
         await self._blank(list(req.families))
         free = await self._reserve(req.kv_slots)
+        self._open_journal()
         return pb.PeerPrepared(node_addresses=self.node.settings.node_addresses, kv_slots_free=free)
 
     async def _attach(self, req: pb.PeerPrepare) -> None:
@@ -197,21 +198,23 @@ class TargetJob:
         await self.handoff.ask("stage", fields, req.state)
 
     def _journal_restored(self, req: pb.PeerShip) -> None:
-        assert self.at is not None
-        self.journal = Journal.create(
-            self.node.journal_folder,
-            "target",
-            self.job_id,
-            {
-                "pod": self.at.pod.uid,
-                "addresses": self.addresses,
-                "added": self.added,
-                "source": self.source_node,
-                "source_boot_id": self.source_boot_id,
-            },
-        )
+        assert self.journal is not None
         self.journal.blob_path("checkpoints").write_bytes(req.checkpoints)
         self.journal.decide(RESTORED)
+
+    def _open_journal(self) -> None:
+        """In PREPARE already: creating a file takes longer than writing to one, and clients wait later."""
+        assert self.at is not None
+        if self.journal is not None:
+            self.journal.remove()
+        facts = {
+            "pod": self.at.pod.uid,
+            "addresses": self.addresses,
+            "added": self.added,
+            "source": self.source_node,
+            "source_boot_id": self.source_boot_id,
+        }
+        self.journal = Journal.create(self.node.journal_folder, "target", self.job_id, facts)
 
     # -- MOVE_ADDRESS ----------------------------------------------------------------------------------
 
@@ -223,7 +226,7 @@ class TargetJob:
         began = time.perf_counter()
         node = self.node
         for address in req.addresses:
-            await node.net.run(node.net.add_route, address, self.at.link)
+            node.routes.add(address, self.at.link.index)
         node.nic.announce(list(req.addresses))
         await failpoints.point("target.MOVE_ADDRESS.do.before")
         timeout_s = node.settings.timeouts.address_confirm_s
@@ -273,12 +276,12 @@ class TargetJob:
             return
         if self.state == ACTIVATED:
             raise Final("job_state", f"job {self.job_id} is live here: it cannot be discarded any more")
-        if self.journal is not None:
+        if self.journal is not None and self.journal.decided(RESTORED):
             self.journal.decide(DISCARDED)
         await failpoints.point("target.DISCARD.do.before")
         if self.at is not None:
             for address in self.addresses:
-                await self.node.net.run(self.node.net.del_route, address, self.at.link)
+                self.node.routes.delete(address, self.at.link.index)
         self._close_blanks()
         if self.handoff is not None and self.state != NEW:
             await self._tell_discard()
