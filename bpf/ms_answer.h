@@ -142,16 +142,19 @@ MS_INLINE int ms_swap_macs(struct __sk_buff *skb)
 	return bpf_skb_store_bytes(skb, 0, out, sizeof(out), 0);
 }
 
+/* bcc 0.26 declares it to return int, which makes half of all sums look like errors. */
+static s64 (*ms_csum_update)(struct __sk_buff *skb, u32 sum) = (void *)BPF_FUNC_csum_update;
+
 /* CHECKSUM_COMPLETE: skb->csum is the sum from the L3 header on; with a right checksum that is l3 - pseudo. */
 MS_INLINE void ms_fix_complete(struct __sk_buff *skb, u32 l3_sum, u32 pseudo)
 {
-	s64 now = bpf_csum_update(skb, 0); /* negative: not COMPLETE */
+	s64 now = ms_csum_update(skb, 0); /* negative: not COMPLETE */
 
 	if (now < 0)
 		return;
-	bpf_csum_update(skb, ~(u32)now);
-	bpf_csum_update(skb, l3_sum);
-	bpf_csum_update(skb, ~pseudo);
+	ms_csum_update(skb, ~(u32)now);
+	ms_csum_update(skb, l3_sum);
+	ms_csum_update(skb, ~pseudo);
 }
 
 /* Leaves `size` bytes of TCP directly behind a plain L3 header. */

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import ctypes
 import os
-import subprocess
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # bpf_packets; importlib mode adds nothing by itself
+sys.path.insert(0, str(Path(__file__).parent))  # the bpf_* modules: importlib mode adds nothing by itself
 
-from midstream_agent import bpf
+from bpf_loader import ROOT, clear, run_loader, runner
+from midstream_agent.bpf import TestRun
 from midstream_agent.hold import Hold
 
-ROOT = Path(__file__).parents[2]
 Loader = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
 def loader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loader]:
-    """Loads the programs into a bpffs of their own, by the command line that the init container runs."""
+    """Loads programs into a new bpffs, by the command line that the init container runs."""
     made: list[Path] = []
 
     def load(*args: str) -> Path:
@@ -34,14 +34,6 @@ def loader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loader]:
     yield load
     for folder in made:
         ctypes.CDLL(None).umount2(os.fsencode(folder), 2)  # MNT_DETACH
-
-
-def run_loader(*args: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(ROOT / "agent"), str(ROOT / "runtime")])
-    return subprocess.run(
-        [sys.executable, "-m", "midstream_agent.hold", *args],
-        env={**os.environ, "PYTHONPATH": path, **env}, check=check, capture_output=not check, text=True, timeout=120,
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -58,19 +50,21 @@ def hold(bpffs: Path) -> Iterator[Hold]:
         clear(hold)
 
 
-def clear(hold: Hold) -> None:
-    for m in (hold._flows, hold._notes, hold._addrs):
-        keys = m.keys()
-        m.delete_many(b"".join(keys), len(keys))
+@pytest.fixture
+def run_program(bpffs: Path) -> Callable[..., TestRun]:
+    return runner(bpffs)
 
 
 @pytest.fixture
-def run_program(bpffs: Path) -> Callable[..., bpf.TestRun]:
-    def run(name: str, packet: bytes, ctx: bytes = b"", repeat: int = 1, flags: int = 0) -> bpf.TestRun:
-        fd = bpf.obj_get(bpffs / name)
-        try:
-            return bpf.prog_test_run(fd, packet, ctx, repeat, flags)
-        finally:
-            os.close(fd)
+def broken(tmp_path: Path) -> Callable[[str, str, str], Path]:
+    """A copy of the sources with one fault in it."""
 
-    return run
+    def make(file: str, old: str, new: str) -> Path:
+        folder = tmp_path / "bpf"
+        shutil.copytree(ROOT / "bpf", folder)
+        text = (folder / file).read_text()
+        assert text.count(old) == 1, f"{file} has {text.count(old)} times {old!r}"
+        (folder / file).write_text(text.replace(old, new))
+        return folder
+
+    return make

@@ -7,11 +7,14 @@ passes.
 
 from __future__ import annotations
 
+import errno
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
+from bpf_loader import clear, runner
 from bpf_packets import Packet, mark_of, reply_to, sk_buff
 from midstream_agent.bpf import TestRun
 from midstream_agent.hold import Hold
@@ -35,13 +38,15 @@ from midstream_agent.hold_layout import (
 )
 
 PASS, DROP, REDIRECT = 2**32 - 1, 2, 7
+TEST_SKB_CHECKSUM_COMPLETE = 4  # linux/bpf.h: BPF_F_TEST_SKB_CHECKSUM_COMPLETE
 SND_NXT, RCV_NXT, TSVAL = 5000, 1000, 777
 
 V4 = Packet()
 V6 = Packet(src="2001:db8::7", dst="2001:db8:77::100")
 DATA = V4.but(flags="PA", payload=b"request")
 NOTE_FIELDS = (
-    "version", "flags", "seq", "ack", "window", "tsval", "tsecr", "data_seq", "data_len", "absorbed", "answered",
+    "version", "flags", "seq", "ack", "window", "tsval", "tsecr", "data_seq", "data_len", "absorbed",
+        "answered",
     "rst_seq", "data",
 )  # fmt: skip
 
@@ -89,9 +94,12 @@ def egress(p: Packet) -> Packet:
     return p.but(src=p.dst, dst=p.src, sport=p.dport, dport=p.sport, seq=p.ack, ack=p.seq)
 
 
+# MSS, SACK permitted, timestamps, NOP, window scale: as Linux sends them
+SYN_OPTIONS = bytes.fromhex("020405b4" "0402080a0000006400000000" "01030307")
+SACK = b"\x05\x0a" + bytes(8)
 PROBE = V4.but(seq=RCV_NXT - 1)
 DATA_FIN = DATA.but(flags="FPA")
-BIG = DATA.but(payload=bytes(range(256)) * 12)  # BPF_PROG_TEST_RUN takes a page; test_live.py has larger ones
+BIG = DATA.but(payload=bytes(range(256)) * 12)  # a test run takes a page; test_live.py has larger ones
 BIG_V6 = BIG.but(src=V6.src, dst=V6.dst)
 HOP_BY_HOP = (0, b"\x00" + bytes([1, 4, 0, 0, 0, 0]))
 DST_OPTS = (60, b"\x01" + bytes([1, 12]) + bytes(12))
@@ -104,8 +112,10 @@ HELD = [
     answered("zero-length probe before rcv_nxt", PROBE, note={"flags": NOTE_SEG | NOTE_TS, "answered": 1}),
     answered("one-byte probe at rcv_nxt", V4.but(payload=b"x"), note={"data": b"x", "data_seq": RCV_NXT}),
     answered("keepalive with a garbage byte", PROBE.but(payload=b"\0"), note={"data_len": 0}),
-    answered("data at rcv_nxt", DATA, note={"data": b"request", "data_seq": RCV_NXT, "data_len": 7, "ack": 5000}),
-    answered("data beyond the window", DATA.but(seq=RCV_NXT + 90_000), note={"data_len": 0, "seq": RCV_NXT + 90_000}),
+    answered("data at rcv_nxt", DATA, note={"data": b"request", "data_seq": RCV_NXT, "data_len": 7,
+        "ack": 5000}),
+    answered("data beyond the window", DATA.but(seq=RCV_NXT + 90_000), note={"data_len": 0,
+        "seq": RCV_NXT + 90_000}),
     answered("data behind a hole", DATA.but(seq=RCV_NXT + 1), note={"data_len": 0}),
     answered("retransmit of what was received", DATA.but(seq=RCV_NXT - 7), note={"data_len": 0}),
     answered("retransmit across rcv_nxt is trimmed", DATA.but(seq=RCV_NXT - 3),
@@ -120,16 +130,19 @@ HELD = [
     answered("FIN behind kept data", V4.but(flags="FA", seq=RCV_NXT + 7), before=(DATA,),
              more={"absorb_held": 2, "answer_zero_window": 2}, note={"data": b"request", "fin": False}),
     answered("FIN on data at rcv_nxt", DATA_FIN, note={"data": b"request", "fin": True}),
-    answered("FIN beyond a hole is not noted", DATA_FIN.but(seq=RCV_NXT + 7), note={"fin": False, "data_len": 0}),
-    answered("FIN of data that is cut is not noted", BIG.but(flags="FA"), note={"fin": False, "data_len": 2048}),
+    answered("FIN beyond a hole is not noted", DATA_FIN.but(seq=RCV_NXT + 7), note={"fin": False,
+        "data_len": 0}),
+    answered("FIN of data that is cut is not noted", BIG.but(flags="FA"), note={"fin": False,
+        "data_len": 2048}),
     answered("old FIN", V4.but(flags="FA", seq=RCV_NXT - 1), note={"fin": False, "data_len": 0}),
     answered("SYN of a client that restarted", V4.but(flags="S", ack=0, seq=99),
              note={"flags": 0, "absorbed": 1, "answered": 1}),
-    answered("SYN with an odd option order", V4.but(flags="S", tcp_options=bytes.fromhex("020405b40402080a0000006400000000010303 07".replace(" ", ""))),
+    answered("SYN with an odd option order", V4.but(flags="S", tcp_options=SYN_OPTIONS),
              out=answer(V4)),
     answered("longer segment replaces a shorter", DATA, before=(DATA.but(payload=b"req"),),
              more={"absorb_held": 2, "answer_zero_window": 2}, note={"data": b"request"}),
-    answered("shorter segment does not replace a longer", DATA.but(payload=b"r", ts=(101, 51)), before=(DATA,),
+    answered("shorter segment does not replace a longer", DATA.but(payload=b"r", ts=(101, 51)),
+        before=(DATA,),
              more={"absorb_held": 2, "answer_zero_window": 2}, note={"data": b"request", "tsval": 101}),
     answered("sequence numbers wrap", DATA.but(seq=2**32 - 3, ack=2**32 - 9),
              ctl={"rcv_nxt": 2**32 - 1, "snd_nxt": 2**32 - 9},
@@ -150,16 +163,19 @@ HELD = [
              note={"data": BIG.payload[:2048]}),
     answered("IPv6 data", DATA.but(src=V6.src, dst=V6.dst), note={"data": b"request"}),
     answered("IPv6 SYN", V6.but(flags="S", ts=None)),
-    answered("IPv6 with extension headers", DATA.but(src=V6.src, dst=V6.dst, ext=[HOP_BY_HOP, ROUTING, DST_OPTS]),
+    answered("IPv6 with extension headers", DATA.but(src=V6.src, dst=V6.dst, ext=[HOP_BY_HOP, ROUTING,
+        DST_OPTS]),
              note={"data": b"request"}),
-    answered("IPv6 atomic fragment", DATA.but(src=V6.src, dst=V6.dst, ext=[ATOMIC]), note={"data": b"request"}),
+    answered("IPv6 atomic fragment", DATA.but(src=V6.src, dst=V6.dst, ext=[ATOMIC]),
+        note={"data": b"request"}),
     answered("same hold on the NIC", DATA, program="ms_nic_ingress", note={"data": b"request"}),
     answered("no note entry", DATA, with_note=False, more={"note_missing": 1}),
     answered("FROZEN data covers rcv_nxt in HELD", DATA, frozen_before=(DATA.but(payload=b"requestmore"),),
              more={"absorb_frozen": 1}, note={"data": b"requestmore", "data_seq": RCV_NXT}),
     answered("FROZEN data beyond rcv_nxt gives way", DATA, frozen_before=(DATA.but(seq=RCV_NXT + 7),),
              more={"absorb_frozen": 1}, note={"data": b"request", "data_seq": RCV_NXT}),
-    silent("pure ACK in window", V4, note={"flags": NOTE_SEG | NOTE_TS, "window": 512, "absorbed": 1, "answered": 0}),
+    silent("pure ACK in window", V4, note={"flags": NOTE_SEG | NOTE_TS, "window": 512, "absorbed": 1,
+        "answered": 0}),
     silent("window update", V4.but(window=900, ts=(101, 51)), before=(V4,), more={"absorb_held": 2},
            note={"window": 900, "tsval": 101}),
     silent("older ACK does not replace a newer", V4.but(ack=4000, window=1, ts=(90, 40)), before=(V4,),
@@ -171,12 +187,16 @@ HELD = [
     Row("RST at rcv_nxt", V4.but(flags="R"), DROP, {"dead_drop": 1}, note={"flags": NOTE_RST, "answered": 0}),
     Row("SYN on a dead, reused tuple", V4.but(flags="S", seq=77), DROP, {"dead_drop": 2},
         before=(V4.but(flags="RA"),), note={"flags": NOTE_RST, "absorbed": 2, "answered": 0}),
-    Row("data on a dead flow", DATA, DROP, {"dead_drop": 2}, before=(V4.but(flags="R"),), note={"data_len": 0}),
-    Row("RST while frozen counts when it was at rcv_nxt", V4.but(flags="S"), DROP, {"absorb_frozen": 1, "dead_drop": 1},
+    Row("data on a dead flow", DATA, DROP, {"dead_drop": 2}, before=(V4.but(flags="R"),),
+        note={"data_len": 0}),
+    Row("RST while frozen counts when it was at rcv_nxt", V4.but(flags="S"), DROP, {"absorb_frozen": 1,
+        "dead_drop": 1},
         frozen_before=(V4.but(flags="R"),), note={"flags": NOTE_RST}),
-    answered("RST while frozen elsewhere does not", V4.but(flags="S"), frozen_before=(V4.but(flags="R", seq=9),),
+    answered("RST while frozen elsewhere does not", V4.but(flags="S"), frozen_before=(V4.but(flags="R",
+        seq=9),),
              more={"absorb_frozen": 1}, note={"flags": 0}),
-    Row("damaged data", DATA.but(bad_checksum=True), DROP, {"bad_checksum": 1}, note={"flags": 0, "absorbed": 0}),
+    Row("damaged data", DATA.but(bad_checksum=True), DROP, {"bad_checksum": 1}, note={"flags": 0,
+        "absorbed": 0}),
     Row("damaged RST", V4.but(flags="R", bad_checksum=True), DROP, {"bad_checksum": 1}, note={"flags": 0}),
     Row("damaged jumbo frame", DATA.but(payload=b"j" * 3333, bad_checksum=True), DROP, {"bad_checksum": 1}),
     Row("first fragment", DATA.but(fragment=0x2000), DROP, {"fragment": 1}, note={"flags": 0}),
@@ -193,7 +213,8 @@ HELD = [
     Row("option longer than the header", V4.but(tcp_options=b"\x01\x01\x05\x28"), DROP, {"malformed": 1}),
     silent("all NOPs", V4.but(tcp_options=b"\x01" * 40), note={"flags": NOTE_SEG}),
     silent("options end early", V4.but(tcp_options=b"\x00" + b"\xff" * 7), note={"flags": NOTE_SEG}),
-    silent("timestamps behind other options", V4.but(tcp_options=b"\x05\x0a" + bytes(8) + b"\x08\x0a" + struct.pack("!II", 5, 6) + b"\x01" * 4),
+    silent("timestamps behind other options", V4.but(tcp_options=SACK + b"\x08\x0a" + struct.pack("!II", 5,
+        6) + b"\x01" * 4),
            note={"tsval": 5, "tsecr": 6}),
 ]  # fmt: skip
 
@@ -219,7 +240,8 @@ FROZEN = [
 
 GATE = [
     Row("gate: data of a held flow", egress(DATA), DROP, {"gate_drop": 1}, program="ms_gate_egress"),
-    Row("gate: RST of a held flow", egress(V4).but(flags="R"), DROP, {"gate_drop": 1}, program="ms_gate_egress"),
+    Row("gate: RST of a held flow", egress(V4).but(flags="R"), DROP, {"gate_drop": 1},
+        program="ms_gate_egress"),
     Row("gate: the hold's answer", answer(DATA), PASS, {"gate_pass_answer": 1}, program="ms_gate_egress",
         mark=MARK_ANSWER),
     Row("gate: the hold's answer, IPv6", answer(V6), PASS, {"gate_pass_answer": 1}, program="ms_gate_egress",
@@ -231,10 +253,13 @@ GATE = [
         program="ms_gate_egress", mark=MARK_ANSWER),
     Row("gate: marked data", answer(DATA, payload=b"x"), DROP, {"gate_drop": 1}, program="ms_gate_egress",
         mark=MARK_ANSWER),
-    Row("gate: GSO super-packet", egress(BIG), DROP, {"gate_drop": 1}, program="ms_gate_egress", gso_size=1448),
+    Row("gate: GSO super-packet", egress(BIG), DROP, {"gate_drop": 1}, program="ms_gate_egress",
+        gso_size=1448),
     Row("gate: live flow", egress(DATA), PASS, {"pass_unknown": 1}, flow=False, program="ms_gate_egress"),
-    Row("gate: moved flow", egress(V4).but(flags="R"), DROP, {"moved_drop": 1}, FLOW_MOVED, program="ms_gate_egress"),
-    Row("gate: first fragment", egress(DATA).but(fragment=0x2000), DROP, {"gate_drop": 1}, program="ms_gate_egress"),
+    Row("gate: moved flow", egress(V4).but(flags="R"), DROP, {"moved_drop": 1}, FLOW_MOVED,
+        program="ms_gate_egress"),
+    Row("gate: first fragment", egress(DATA).but(fragment=0x2000), DROP, {"gate_drop": 1},
+        program="ms_gate_egress"),
     Row("gate: SYN from a leaving address", egress(V4).but(flags="S"), PASS, {"pass_unknown": 1}, flow=False,
         leaving=V4.dst, program="ms_gate_egress"),
 ]  # fmt: skip
@@ -248,19 +273,25 @@ OTHERS = [
     Row("unknown flow", DATA, PASS, {"pass_unknown": 1}, flow=False),
     Row("another port of a held client", DATA.but(sport=40001), PASS, {"pass_unknown": 1}),
     Row("SYN to a leaving address", V4.but(flags="S"), DROP, {"syn_leaving": 1}, flow=False, leaving=V4.dst),
-    Row("SYN to a leaving address, IPv6", V6.but(flags="S"), DROP, {"syn_leaving": 1}, flow=False, leaving=V6.dst),
-    Row("SYN to a leaving address, NIC", V4.but(flags="SEC"), DROP, {"syn_leaving": 1}, flow=False, leaving=V4.dst,
+    Row("SYN to a leaving address, IPv6", V6.but(flags="S"), DROP, {"syn_leaving": 1}, flow=False,
+        leaving=V6.dst),
+    Row("SYN to a leaving address, NIC", V4.but(flags="SEC"), DROP, {"syn_leaving": 1}, flow=False,
+        leaving=V4.dst,
         program="ms_nic_ingress"),
-    Row("SYN to another address", V4.but(flags="S"), PASS, {"pass_unknown": 1}, flow=False, leaving="10.77.0.101"),
-    Row("SYN-ACK to a leaving address", V4.but(flags="SA"), PASS, {"pass_unknown": 1}, flow=False, leaving=V4.dst),
+    Row("SYN to another address", V4.but(flags="S"), PASS, {"pass_unknown": 1}, flow=False,
+        leaving="10.77.0.101"),
+    Row("SYN-ACK to a leaving address", V4.but(flags="SA"), PASS, {"pass_unknown": 1}, flow=False,
+        leaving=V4.dst),
     Row("data to a leaving address", DATA, PASS, {"pass_unknown": 1}, flow=False, leaving=V4.dst),
     Row("UDP with the same numbers", DATA.but(protocol=17), PASS, {"pass_unknown": 1}),
     Row("IPv6 UDP", V6.but(protocol=17), PASS, {"pass_unknown": 1}),
     Row("IPv6 with nine extension headers", V6.but(ext=[HOP_BY_HOP] * 9), PASS, {"pass_unknown": 1}),
-    Row("IPv6 extension chain cut short", V6.but(ext=[HOP_BY_HOP], truncate=14 + 42), PASS, {"pass_unknown": 1}),
+    Row("IPv6 extension chain cut short", V6.but(ext=[HOP_BY_HOP], truncate=14 + 42), PASS,
+        {"pass_unknown": 1}),
     Row("ARP", V4.but(l3=bytes(28), macs=V4.macs), PASS, {"pass_unknown": 1}),
     Row("IPv4 with header length 4", DATA.but(raw_ihl=4), PASS, {"pass_unknown": 1}),
-    Row("IPv4 whose header is longer than the packet", V4.but(raw_ihl=15, ts=None), PASS, {"pass_unknown": 1}),
+    Row("IPv4 whose header is longer than the packet", V4.but(raw_ihl=15, ts=None), PASS,
+        {"pass_unknown": 1}),
     Row("three VLAN tags", DATA.but(vlan=[(0x8100, 1)] * 3), PASS, {"pass_unknown": 1}),
     Row("ports cut off", DATA.but(truncate=14 + 22), PASS, {"pass_unknown": 1}),
 ]  # fmt: skip
@@ -306,13 +337,13 @@ def check_note(raw: bytes, expected: Mapping[str, object]) -> None:
     assert {k: note[k] for k in expected} == expected
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda r: r.name.replace(" ", "-"))
-def test_verdict(row: Row, hold: Hold, run_program: Callable[..., TestRun]) -> None:
+def check_row(row: Row, hold: Hold, run_program: Callable[..., TestRun], flags: int = 0) -> None:
     counters = hold.counters()
     prepare(hold, row, run_program)
     packet = row.packet.bytes()
     segs = -(-len(row.packet.payload) // row.gso_size) if row.gso_size else 0
-    result = run_program(row.program, packet, sk_buff(mark=row.mark, gso_size=row.gso_size, gso_segs=segs))
+    ctx = sk_buff(mark=row.mark, gso_size=row.gso_size, gso_segs=segs)
+    result = run_program(row.program, packet, ctx, flags=flags)
 
     assert result.retval == row.verdict
     changed = {k: n - counters[k] for k, n in hold.counters().items() if n != counters[k]}
@@ -325,3 +356,76 @@ def test_verdict(row: Row, hold: Hold, run_program: Callable[..., TestRun]) -> N
         assert mark_of(result.ctx) == 0
     if row.note:
         check_note(hold.read_notes(key_of(row), 1), row.note)
+
+
+def row_named(name: str) -> Row:
+    return next(row for row in (*ROWS, *SAME_LENGTH) if row.name == name)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda r: r.name.replace(" ", "-"))
+def test_verdict(row: Row, hold: Hold, run_program: Callable[..., TestRun]) -> None:
+    check_row(row, hold, run_program)
+
+
+# The kernel keeps CHECKSUM_COMPLETE only where the answer is as long as the packet, so only these can tell.
+SAME_LENGTH = [
+    answered("probe", PROBE),
+    answered("probe with IPv4 options", PROBE.but(ip_options=b"\x01" * 12)),
+    answered("FIN", V4.but(flags="FA", ts=(2**32 - 1, 2**32 - 1))),
+    answered("IPv6 probe", V6.but(seq=RCV_NXT - 1)),
+    answered("IPv6 probe with extension headers", V6.but(seq=RCV_NXT - 1, ext=[HOP_BY_HOP, DST_OPTS])),
+]
+
+
+@pytest.mark.parametrize("row", SAME_LENGTH, ids=lambda r: r.name.replace(" ", "-"))
+def test_answer_keeps_the_sum_of_a_nic_right(row: Row, hold: Hold, run_program: Callable[..., TestRun]) -> None:
+    """CHECKSUM_COMPLETE: the kernel compares skb->csum with the packet that comes out (EBADMSG)."""
+    try:
+        check_row(row, hold, run_program, flags=TEST_SKB_CHECKSUM_COMPLETE)
+    except OSError as e:
+        if e.errno == errno.EINVAL:
+            pytest.skip("this kernel cannot make a CHECKSUM_COMPLETE packet for a test run (before 6.11)")
+        raise
+
+
+def test_programs_without_the_hold_pass_everything(loader: Callable[..., Path]) -> None:
+    """Control: what the table demands is not what happens anyway."""
+    with Hold.open(loader("--without-hold")) as hold:
+        for row in ROWS:
+            if row.verdict != PASS:
+                with pytest.raises(AssertionError):
+                    check_row(row, hold, runner(hold.bpffs))
+            clear(hold)
+
+
+# a fault put into the sources (file, old text, new text), and a row that must see it
+FAULTS = {
+    "answers pure ACKs": ("ms_answer.h", "return p->len ||", "return 1 || p->len ||", "pure ACK in window"),
+    "acknowledges what it absorbs": (
+        "ms_answer.h", "bpf_htonl(ctl->rcv_nxt)", "bpf_htonl(ctl->rcv_nxt + p->len)", "data at rcv_nxt",
+    ),
+    "believes every RST": (
+        "ms_note.h", "p->seq == ctl->rcv_nxt ? flags | MS_NOTE_RST : flags", "flags | MS_NOTE_RST",
+        "RST out of place",
+    ),
+    "answers the dead": ("ms_hold.h", "*answer = 0;", "", "SYN on a dead, reused tuple"),
+    "keeps damaged data": ("ms_checksum.h", "return ms_fold(sum) == 0xffff", "return 1", "damaged data"),
+    "notes the FIN of cut data": ("ms_note.h", "\t\tfin = 0;\n", "", "FIN of data that is cut is not noted"),
+    "forgets the sum of a NIC": ("ms_answer.h", "\tms_csum_update(skb, l3_sum);\n", "", "IPv6 probe"),
+    "trusts the mark": (
+        "ms_hold.h", "p->ack == ctl->rcv_nxt", "1",
+        "gate: marked, but acknowledges more",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_table_sees_a_fault(fault: str, loader: Callable[..., Path], broken: Callable[..., Path]) -> None:
+    file, old, new, row = FAULTS[fault]
+    bpffs = loader("--sources", str(broken(file, old, new)))
+    with Hold.open(bpffs) as hold:
+        check_row(row_named("data at rcv_nxt" if row != "data at rcv_nxt" else "FIN at rcv_nxt"), hold, runner(bpffs))
+        clear(hold)
+        # DROP where an answer was due, an answer where silence was, another packet out or another note
+        with pytest.raises((AssertionError, OSError)):
+            check_row(row_named(row), hold, runner(bpffs), TEST_SKB_CHECKSUM_COMPLETE if row == "IPv6 probe" else 0)
