@@ -167,6 +167,30 @@ def test_a_failed_start_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [leaks.of_prefix(prefix) for prefix in claimed] == [[]]
 
 
+@pytest.mark.parametrize(
+    "root", [state.CGROUP_ROOT, *state.CGROUP_ROOT.glob("unified")], ids=lambda path: path.name
+)
+def test_cgroups_of_both_versions_serve(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hybrid machine has the v2 tree below the v1 ones; elsewhere the default is the one there is."""
+    monkeypatch.setattr(state, "CGROUP_ROOT", root)
+    with Vpc.create() as vpc:
+        pod = vpc.host("node-a").add_pod("llm-0")
+        pid = pod.popen(["sleep", "600"]).pid
+        assert root in pod.cgroup.parents
+        assert f"/kubepods/pod{pod.uid}/serving" in Path(f"/proc/{pid}/cgroup").read_text()
+        prefix = vpc.prefix
+    assert leaks.of_prefix(prefix) == []
+
+
+def test_a_forked_child_that_leaves_the_context_ends_nothing(vpc: Vpc, host: Host) -> None:
+    child = os.fork()
+    if not child:
+        vpc.close()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert host.run(["true"]).returncode == 0
+
+
 # -- disorderly ends
 
 OWNER = """

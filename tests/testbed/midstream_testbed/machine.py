@@ -290,18 +290,10 @@ class Pod(Namespace):
         )
         host_mac = self.host.netlink(self._plumb_host_side)
         self.netlink(lambda ip: self._plumb_pod_side(ip, host_mac))
-        pause = self._in_cgroups(self._sandbox_cgroups, ["/bin/sleep", "infinity"])
+        null = subprocess.DEVNULL
+        pause = ["/bin/sleep", "infinity"]
+        self._start(pause, self._sandbox_cgroups, None, stdin=null, stdout=null, stderr=null)
         self.mntns_fd = kernel.new_mntns(self._private_mounts)
-        self.processes.append(pause)
-
-    def _in_cgroups(self, cgroups: list[Path], argv: Sequence[Argument]) -> Process:
-        command = self._wrapped(argv, cgroups)
-
-        def body() -> Process:
-            null = subprocess.DEVNULL
-            return Process(command, stdin=null, stdout=null, stderr=null, start_new_session=True)
-
-        return kernel.in_namespaces(body, self.netns_fd)
 
     def _plumb_host_side(self, ip: Any) -> str:
         vpc = self.host.vpc

@@ -167,9 +167,20 @@ class Namespace:
 
     # -- processes
 
-    def _wrapped(self, argv: Sequence[Argument], cgroups: list[Path]) -> list[Argument]:
+    def _start(
+        self, argv: Sequence[Argument], cgroups: list[Path], mntns_fd: int | None, **options: Any
+    ) -> Process:
+        """Start a process that is in its cgroups before it runs, and before this returns."""
         files = [folder / "cgroup.procs" for folder in cgroups]
-        return ["/bin/sh", "-c", _JOIN, "sh", str(len(files)), *files, *argv]
+        command: list[Argument] = ["/bin/sh", "-c", _JOIN, "sh", str(len(files)), *files, *argv]
+        process = kernel.in_namespaces(
+            lambda: Process(command, start_new_session=True, **options), self.netns_fd, mntns_fd
+        )
+        self.processes.append(process)
+        for file in files:
+            with contextlib.suppress(ProcessLookupError):  # it has ended already
+                file.write_text(str(process.pid))
+        return process
 
     def popen(
         self,
@@ -189,27 +200,22 @@ class Namespace:
         """Start a process in the namespace. `env` is added to this process's; output goes to a log file by
         default."""
         log = self.log_dir / f"{self.name}.{next(self._counter)}.{name or Path(argv[0]).name}.log"
-        command = self._wrapped([*confinement(privileged, uid), *argv], self.cgroups)
+        command = [*confinement(privileged, uid), *argv]
+        mntns_fd = self.mntns_fd if private_mounts else None
         merged = {**os.environ, **(env or {})}
-        folder = cwd or os.getcwd()
-
         with open(log, "ab") as log_file:  # here and not in the thread: a pod has a /run of its own
-
-            def body() -> Process:
-                return Process(
-                    command,
-                    env=merged,
-                    stdin=stdin,
-                    cwd=folder,
-                    pass_fds=pass_fds,
-                    start_new_session=True,
-                    stdout=log_file if stdout is None else stdout,
-                    stderr=log_file if stderr is None else stderr,
-                )
-
-            process = kernel.in_namespaces(body, self.netns_fd, self.mntns_fd if private_mounts else None)
+            process = self._start(
+                command,
+                self.cgroups,
+                mntns_fd,
+                env=merged,
+                stdin=stdin,
+                cwd=cwd or os.getcwd(),
+                pass_fds=pass_fds,
+                stdout=log_file if stdout is None else stdout,
+                stderr=log_file if stderr is None else stderr,
+            )
         process.log = log if stdout is None or stderr is None else None
-        self.processes.append(process)
         return process
 
     def run(
@@ -261,6 +267,8 @@ class Namespace:
         if self.deleted:
             return
         self.deleted = True
+        for process in self.processes:
+            process.kill()  # one that is on its way into its cgroup would be missed there
         for folder in self.cgroups:
             if folder.is_dir():
                 state.kill_tree(folder)

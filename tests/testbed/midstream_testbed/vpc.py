@@ -75,6 +75,7 @@ class Vpc:
         self._host_numbers = itertools.count()
         self._client_numbers = itertools.count()
         self._lifeline = -1
+        self._owner_pid = os.getpid()
         self.closed = False
         try:
             self.router = Namespace("router", f"{self.prefix}-router", self.cgroups("router"), self.folder)
@@ -258,7 +259,9 @@ class Vpc:
     # -- the end
 
     def close(self) -> None:
-        if self.closed:
+        if (
+            self.closed or os.getpid() != self._owner_pid
+        ):  # a forked child that leaves the context is no owner
             return
         self.closed = True
         machines: list[Namespace] = [*self.hosts.values(), *self.clients.values()]
