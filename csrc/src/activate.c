@@ -1,0 +1,296 @@
+// SPDX-License-Identifier: Apache-2.0
+/*
+ * activate.c - from held to live, at the target and, after a rollback, at the source.
+ *
+ * Why in this order: see ACTIVATE in midstream_tcp.h. begin ends with sockets that
+ * are out of repair mode and have emitted nothing; finish lets them speak.
+ */
+#include "internal.h"
+
+#define INIT_CWND 10 /* TCP_INIT_CWND: what a fresh socket may have in flight */
+
+typedef int (*flow_fn)(int fd, struct flow *f, const struct ms_flow_note *note);
+
+static int each(const int *fds, size_t n, struct ms_tcp_batch *b, const struct ms_flow_note *notes,
+		int *err, flow_fn fn)
+{
+	int failed = 0;
+
+	if (n != b->n)
+		return -EINVAL;
+	for (size_t i = 0; i < n; i++) {
+		err[i] = b->flows[i].error ? 0 : fn(fds[i], &b->flows[i], notes ? &notes[i] : NULL);
+		failed += !!err[i];
+	}
+	return failed;
+}
+
+static int in_repair(int fd)
+{
+	int on, err = ms_getint(fd, IPPROTO_TCP, TCP_REPAIR, &on);
+
+	return err ? err : on != 0;
+}
+
+/* Ends repair without a window probe: nothing may be emitted before the client's segment is played. */
+static int leave_repair(int fd, const struct flow *f)
+{
+	int err = ms_setint(fd, IPPROTO_TCP, TCP_REPAIR, TCP_REPAIR_OFF_NO_WP);
+
+	return err ? err : ms_opts_apply(fd, f, PHASE_LIVE); /* repair left SO_REUSEADDR 0 */
+}
+
+static bool fin_acked(const struct flow *f)
+{
+	return ms_fin_out(f) && f->una == f->write_seq;
+}
+
+/* Puts bytes up to `end` into the send queue as sent, without sending them. */
+static int queue_as_sent(int fd, struct flow *f, uint32_t end)
+{
+	const uint8_t *data = f->send + (f->queued - ms_data_start(f));
+	size_t len = end - f->queued;
+	int err;
+
+	err = ms_setint(fd, IPPROTO_TCP, TCP_REPAIR_QUEUE, TCP_SEND_QUEUE);
+	if (!err)
+		err = ms_queue_send(fd, &data, &len);
+	f->queued = end - (uint32_t)len;
+	if (!err && fin_acked(f) && shutdown(fd, SHUT_WR))
+		err = -errno;
+	if (!err)
+		err = ms_setint(fd, IPPROTO_TCP, TCP_REPAIR_QUEUE, TCP_NO_QUEUE);
+	return err;
+}
+
+/*
+ * What the client may have although its ack did not come in time must be in the
+ * queue as sent: an ack beyond snd_nxt is dropped. Up to INIT_CWND segments leave
+ * at once as new data, which has the same effect and no retransmit timer to wait
+ * for; of more, the last segment is new, and its SACK starts the recovery.
+ */
+static int queue_in_flight(int fd, struct flow *f)
+{
+	uint32_t end = ms_sent_end(f), flight = end - f->queued, mss = f->mss ? f->mss : 536;
+
+	if (fin_acked(f))
+		return queue_as_sent(fd, f, f->queued);
+	if (ms_before(end, f->queued) || flight <= INIT_CWND * mss)
+		return 0;
+	return queue_as_sent(fd, f, end - mss);
+}
+
+static int send_some(int fd, struct flow *f, uint32_t end)
+{
+	const uint8_t *data = f->send + (f->queued - ms_data_start(f));
+	size_t len = end - f->queued;
+	int err, room;
+
+	if (!ms_before(f->queued, end))
+		return 0;
+	err = ms_queue_send(fd, &data, &len);
+	if (err == -ENOBUFS) { /* the socket once had room for it, packed otherwise */
+		room = (int)(len < (1u << 29) ? 2 * len + f->send_len : 1u << 30);
+		if (!ms_setint(fd, SOL_SOCKET, SO_SNDBUFFORCE, room))
+			err = ms_queue_send(fd, &data, &len);
+		ms_reset_sndbuf(fd, f);
+	}
+	f->queued = end - (uint32_t)len;
+	return err;
+}
+
+/* The rest of the queue as new data: Nagle is off for what was in flight already (else: 956 ms). */
+static int send_rest(int fd, struct flow *f)
+{
+	bool nagle = !f->opts[OPT_NODELAY], corked = f->opts[OPT_CORK], open = ms_fin_out(f) && !fin_acked(f);
+	int err = 0;
+
+	if (nagle && f->queued != ms_data_end(f))
+		err = ms_setint(fd, IPPROTO_TCP, TCP_NODELAY, 1);
+	if (!err)
+		err = send_some(fd, f, corked ? ms_sent_end(f) : ms_data_end(f));
+	if (!err && corked)
+		err = ms_opt_set(fd, f, OPT_CORK);
+	if (!err && corked)
+		err = send_some(fd, f, ms_data_end(f));
+	if (!err && open && shutdown(fd, SHUT_WR))
+		err = -errno;
+	if (nagle && !ms_setint(fd, IPPROTO_TCP, TCP_NODELAY, 0))
+		return err;
+	return err;
+}
+
+static int seat_again(int fd, struct flow *f, uint32_t snd_wnd)
+{
+	int err = ms_disconnect(fd);
+
+	return err ? err : ms_seat(fd, f, ms_seat_of(f, f->una), snd_wnd);
+}
+
+/* From here on the socket's place in the stream is right; what is in flight comes next. */
+static int go_live(int fd, struct flow *f)
+{
+	int err = f->phase == PH_DEAD ? 0 : queue_in_flight(fd, f);
+
+	if (!err)
+		err = ms_opts_apply(fd, f, PHASE_BEGIN);
+	if (!err)
+		err = leave_repair(fd, f);
+	/* Both ends closed at once: our FIN must be out before the client's is played, or it is no CLOSING. */
+	if (!err && f->state == ST_CLOSING && f->phase == PH_SEATED && !fin_acked(f))
+		err = send_rest(fd, f);
+	return err;
+}
+
+static struct note_view take_note(struct flow *f, const struct ms_flow_note *note, uint32_t *snd_wnd)
+{
+	struct note_view v = ms_note_view(f, note);
+
+	f->una = v.ack;
+	f->phase = v.rst ? PH_DEAD : PH_SEATED;
+	*snd_wnd = v.segment ? v.window << f->snd_wscale : f->win.snd_wnd;
+	return v;
+}
+
+static int activate_begin(int fd, struct flow *f, const struct ms_flow_note *note)
+{
+	uint32_t snd_wnd;
+	int err = in_repair(fd);
+
+	if (err < 0)
+		return err;
+	take_note(f, note, &snd_wnd);
+	if (!err) {
+		f->phase = f->phase == PH_DEAD ? PH_DEAD : PH_LIVE_ALREADY;
+		return 0;
+	}
+	if (!f->seat_known || f->seat != ms_seat_of(f, f->una))
+		err = seat_again(fd, f, snd_wnd);
+	else
+		err = snd_wnd == f->snd_wnd ? 0 : ms_set_window(fd, f, snd_wnd);
+	/*
+	 * The hold answered with the dumped value, so the clock goes on from there: ahead of what the
+	 * client saw, and not by the length of the hold, which the client's echo would turn into an
+	 * RTT of seconds. + 2, as the lowest bit says whether the clock ticks in microseconds.
+	 */
+	if (!err)
+		err = ms_setint(fd, IPPROTO_TCP, TCP_TIMESTAMP, (int)(f->tsval + 2));
+	return err < 0 ? err : go_live(fd, f);
+}
+
+/*
+ * May the frozen socket just go on? Not with bytes in flight: those were lost at the
+ * gate, their acks absorbed, its timers have backed off, and the hold's length would
+ * become its RTT. Not if it timed out meanwhile.
+ */
+static bool can_stay(int fd, const struct flow *f)
+{
+	struct tcp_info info;
+	socklen_t len = sizeof(info);
+	int outq = 0, nsd = 0;
+
+	if (f->disturbed || f->outq != f->nsd)
+		return false;
+	if (getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &len) || info.tcpi_state != f->state)
+		return false;
+	if (f->outq && (ioctl(fd, SIOCOUTQ, &outq) || ioctl(fd, SIOCOUTQNSD, &nsd)))
+		return false;
+	return outq == (int)f->outq && nsd == (int)f->nsd;
+}
+
+static int thaw_begin(int fd, struct flow *f, const struct ms_flow_note *note)
+{
+	uint32_t snd_wnd;
+	int err = in_repair(fd);
+
+	if (err < 0)
+		return err;
+	take_note(f, note, &snd_wnd);
+	if (!err) {
+		f->phase = f->phase == PH_DEAD ? PH_DEAD : PH_LIVE_ALREADY;
+		return 0;
+	}
+	if (can_stay(fd, f)) {
+		f->phase = f->phase == PH_DEAD ? PH_DEAD : PH_IN_PLACE;
+		return leave_repair(fd, f);
+	}
+	err = seat_again(fd, f, snd_wnd); /* its clock ran on and is ahead of all that the client saw */
+	return err ? err : go_live(fd, f);
+}
+
+/* Bytes that were waiting in the socket all the time: setting TCP_NODELAY pushes them. */
+static int push(int fd, const struct flow *f)
+{
+	int err;
+
+	if (!f->nsd)
+		return 0;
+	err = ms_setint(fd, IPPROTO_TCP, TCP_NODELAY, 1);
+	if (!err && !f->opts[OPT_NODELAY])
+		err = ms_setint(fd, IPPROTO_TCP, TCP_NODELAY, 0);
+	return err;
+}
+
+/* An earlier process got this far and died: has all of the send queue been queued? */
+static int catch_up(int fd, struct flow *f)
+{
+	uint32_t seq = 0;
+	int err = ms_setint(fd, IPPROTO_TCP, TCP_REPAIR, TCP_REPAIR_ON), off;
+
+	if (err)
+		return err;
+	err = ms_setint(fd, IPPROTO_TCP, TCP_REPAIR_QUEUE, TCP_SEND_QUEUE);
+	if (!err)
+		err = ms_getint(fd, IPPROTO_TCP, TCP_QUEUE_SEQ, (int *)&seq);
+	off = ms_setint(fd, IPPROTO_TCP, TCP_REPAIR_QUEUE, TCP_NO_QUEUE);
+	if (!off)
+		off = leave_repair(fd, f);
+	if (err || off)
+		return err ? err : off;
+	if (ms_before(seq, ms_una(f)) || !ms_before(seq, ms_data_end(f) + (ms_fin_out(f) && !fin_acked(f))))
+		return 0;
+	f->queued = seq;
+	return send_rest(fd, f);
+}
+
+static int finish(int fd, struct flow *f, const struct ms_flow_note *note)
+{
+	(void)note;
+	switch (f->phase) {
+	case PH_NONE:
+		return -ESTALE;
+	case PH_DEAD: /* a send would take the ECONNRESET that is the application's */
+		return 0;
+	case PH_IN_PLACE:
+		return push(fd, f);
+	case PH_LIVE_ALREADY:
+		return catch_up(fd, f);
+	case PH_SEATED:
+		return f->state == ST_CLOSING ? 0 : send_rest(fd, f);
+	}
+	return -EINVAL;
+}
+
+int ms_tcp_activate_begin(const int *fds, size_t n, ms_tcp_batch *b,
+			  const struct ms_flow_note *notes, int *err)
+{
+	return each(fds, n, b, notes, err, activate_begin);
+}
+
+int ms_tcp_activate_finish(const int *fds, size_t n, ms_tcp_batch *b,
+			   const struct ms_flow_note *notes, int *err)
+{
+	return each(fds, n, b, notes, err, finish);
+}
+
+int ms_tcp_thaw_begin(const int *fds, size_t n, ms_tcp_batch *b, const struct ms_flow_note *notes,
+		      int *err)
+{
+	return each(fds, n, b, notes, err, thaw_begin);
+}
+
+int ms_tcp_thaw_finish(const int *fds, size_t n, ms_tcp_batch *b, const struct ms_flow_note *notes,
+		       int *err)
+{
+	return each(fds, n, b, notes, err, finish);
+}

@@ -1,0 +1,282 @@
+// SPDX-License-Identifier: Apache-2.0
+/*
+ * restore.c - a checkpoint into a blank socket, without its send queue.
+ *
+ * The order is the kernel's: sequence numbers only in CLOSE, TCP_MAXSEG before
+ * connect (afterwards snd_mss sticks near 536 and throughput falls to a third),
+ * TCP_REPAIR_OPTIONS only before the first byte.
+ */
+#include <stdio.h>
+#include <linux/in6.h>
+
+#include "internal.h"
+
+#define UNPRIVILEGED_BUF (2 * 212992) /* what SO_SNDBUF and SO_RCVBUF can set by default */
+#define MAXSEG_MAX 32767	      /* MAX_TCP_WINDOW: TCP_MAXSEG takes no more (loopback has 65483) */
+
+#ifndef SO_BUF_LOCK
+#define SO_BUF_LOCK 72
+#endif
+
+static socklen_t address(const struct flow *f, bool local, struct sockaddr_storage *ss)
+{
+	const uint8_t *addr = local ? f->key.local : f->key.remote;
+	__be16 port = local ? f->key.local_port : f->key.remote_port;
+
+	memset(ss, 0, sizeof(*ss));
+	if (f->family == 6) {
+		struct sockaddr_in6 *sin6 = (struct sockaddr_in6 *)ss;
+
+		sin6->sin6_family = AF_INET6;
+		sin6->sin6_port = port;
+		memcpy(&sin6->sin6_addr, addr, 16);
+		return sizeof(*sin6);
+	}
+	struct sockaddr_in *sin = (struct sockaddr_in *)ss;
+
+	sin->sin_family = AF_INET;
+	sin->sin_port = port;
+	memcpy(&sin->sin_addr, addr + 12, 4);
+	return sizeof(*sin);
+}
+
+static int set_transparent(int fd, const struct flow *f, int on)
+{
+	if (f->family == 6 && !ms_mapped(f))
+		return ms_setint(fd, IPPROTO_IPV6, IPV6_TRANSPARENT, on);
+	return ms_setint(fd, IPPROTO_IP, IP_TRANSPARENT, on);
+}
+
+/* EINVAL: bound already, as a socket is that is seated again. */
+static int bind_local(int fd, const struct flow *f)
+{
+	struct sockaddr_storage ss;
+	socklen_t len = address(f, true, &ss);
+
+	if (!bind(fd, (struct sockaddr *)&ss, len) || errno == EINVAL)
+		return 0;
+	return -errno;
+}
+
+static int connect_remote(int fd, const struct flow *f)
+{
+	struct sockaddr_storage ss;
+	socklen_t len = address(f, false, &ss);
+
+	return connect(fd, (struct sockaddr *)&ss, len) ? -errno : 0;
+}
+
+/* In repair mode connect() ends in ESTABLISHED at once and sends nothing. */
+static int attach(int fd, const struct flow *f)
+{
+	int err = bind_local(fd, f);
+
+	if (!err)
+		err = connect_remote(fd, f);
+	if (err != -EADDRNOTAVAIL && err != -ENETUNREACH)
+		return err;
+	/* The address is not here yet. IP_FREEBIND would bind, but not connect. */
+	if (set_transparent(fd, f, 1))
+		return err;
+	err = bind_local(fd, f);
+	if (!err)
+		err = connect_remote(fd, f);
+	set_transparent(fd, f, 0);
+	return err;
+}
+
+int ms_disconnect(int fd)
+{
+	struct sockaddr sa = {.sa_family = AF_UNSPEC};
+
+	return connect(fd, &sa, sizeof(sa)) ? -errno : 0;
+}
+
+static int set_seq(int fd, int queue, uint32_t seq)
+{
+	int err = ms_setint(fd, IPPROTO_TCP, TCP_REPAIR_QUEUE, queue);
+
+	return err ? err : ms_setint(fd, IPPROTO_TCP, TCP_QUEUE_SEQ, (int)seq);
+}
+
+/* What the two ends agreed on in their SYNs. */
+static int set_negotiated(int fd, const struct flow *f)
+{
+	struct tcp_repair_opt opts[4];
+	unsigned int n = 0;
+
+	opts[n++] = (struct tcp_repair_opt){2 /* TCPOPT_MSS */, f->mss};
+	if (f->tcpi_options & TCPI_OPT_WSCALE)
+		opts[n++] = (struct tcp_repair_opt){
+			3 /* TCPOPT_WINDOW */, f->snd_wscale | (uint32_t)f->rcv_wscale << 16};
+	if (f->tcpi_options & TCPI_OPT_SACK)
+		opts[n++] = (struct tcp_repair_opt){4 /* TCPOPT_SACK_PERM */, 0};
+	if (f->tcpi_options & TCPI_OPT_TIMESTAMPS)
+		opts[n++] = (struct tcp_repair_opt){8 /* TCPOPT_TIMESTAMP: a value is EINVAL */, 0};
+	if (setsockopt(fd, IPPROTO_TCP, TCP_REPAIR_OPTIONS, opts, n * sizeof(opts[0])))
+		return -errno;
+	return 0;
+}
+
+/*
+ * Appends to the queue that repair selected, or sends. Advances *data and *len, so
+ * that the caller can go on after -ENOBUFS. A call takes at most about 70 kB.
+ */
+int ms_queue_send(int fd, const uint8_t **data, size_t *len)
+{
+	while (*len) {
+		ssize_t done = send(fd, *data, *len, MSG_DONTWAIT | MSG_NOSIGNAL);
+
+		if (done < 0 && errno == EINTR)
+			continue;
+		if (done < 0)
+			return errno == EAGAIN || errno == ENOMEM ? -ENOBUFS : -errno;
+		*data += done;
+		*len -= (size_t)done;
+	}
+	return 0;
+}
+
+static int fill_recv_queue(int fd, const struct flow *f)
+{
+	const uint8_t *data = f->recv;
+	size_t len = f->recv_len;
+
+	return ms_queue_send(fd, &data, &len);
+}
+
+/* A FIN that was received is not in the socket until it is played: rcv_nxt lies one lower. */
+int ms_set_window(int fd, const struct flow *f, uint32_t snd_wnd)
+{
+	struct tcp_repair_window win = f->win;
+
+	win.snd_wnd = snd_wnd;
+	if (win.max_window < snd_wnd)
+		win.max_window = snd_wnd;
+	if (ms_fin_in(f)) {
+		if (win.rcv_wup == f->rcv_nxt) {
+			win.rcv_wup--;
+			win.rcv_wnd++;
+		}
+		if (win.snd_wl1 == f->rcv_nxt)
+			win.snd_wl1--;
+	}
+	return setsockopt(fd, IPPROTO_TCP, TCP_REPAIR_WINDOW, &win, sizeof(win)) ? -errno : 0;
+}
+
+/*
+ * Connects a closed socket in repair mode at the checkpoint's place in the stream,
+ * with snd_una = snd_nxt = una, and fills its receive queue.
+ */
+int ms_seat(int fd, struct flow *f, uint32_t una, uint32_t snd_wnd)
+{
+	int maxseg = f->mss < MAXSEG_MAX ? (int)f->mss : MAXSEG_MAX;
+	int err;
+
+	err = ms_setint(fd, IPPROTO_TCP, TCP_MAXSEG, maxseg);
+	if (!err)
+		err = set_seq(fd, TCP_SEND_QUEUE, una);
+	if (!err)
+		err = set_seq(fd, TCP_RECV_QUEUE, ms_rcv_end(f) - f->recv_len);
+	if (!err)
+		err = attach(fd, f);
+	if (!err)
+		err = set_negotiated(fd, f);
+	if (!err)
+		err = fill_recv_queue(fd, f);
+	if (!err)
+		err = ms_setint(fd, IPPROTO_TCP, TCP_REPAIR_QUEUE, TCP_NO_QUEUE);
+	if (!err)
+		err = ms_set_window(fd, f, snd_wnd);
+	if (!err) /* after the window: it lifts rcv_ssthresh to it */
+		err = ms_opt_set(fd, f, OPT_WINDOW_CLAMP);
+	f->seat = f->queued = una;
+	f->seat_known = !err;
+	f->snd_wnd = snd_wnd;
+	return err;
+}
+
+/*
+ * getsockopt() gives twice what setsockopt() takes. SO_*BUFFORCE only where the
+ * unprivileged call would be capped: both lock autotuning, which SO_BUF_LOCK
+ * undoes after the queues.
+ */
+static int set_buffer(int fd, const struct flow *f, int index, int force)
+{
+	int bytes = (int)f->opts[index];
+
+	if (bytes > UNPRIVILEGED_BUF && !ms_setint(fd, SOL_SOCKET, force, bytes / 2))
+		return 0;
+	return ms_setint(fd, SOL_SOCKET, ms_opts[index].name, bytes / 2);
+}
+
+static int set_buffers(int fd, const struct flow *f)
+{
+	int err = set_buffer(fd, f, OPT_SNDBUF, SO_SNDBUFFORCE), bytes;
+
+	if (!err)
+		err = set_buffer(fd, f, OPT_RCVBUF, SO_RCVBUFFORCE);
+	if (err || f->send_len <= UNPRIVILEGED_BUF / 2)
+		return err;
+	/* Without CAP_NET_ADMIN in the first user namespace the kernel capped it: say so before the commit. */
+	err = ms_getint(fd, SOL_SOCKET, SO_SNDBUF, &bytes);
+	return err ? err : bytes < (int)f->send_len ? -ENOBUFS : 0;
+}
+
+int ms_reset_sndbuf(int fd, const struct flow *f)
+{
+	int err = set_buffer(fd, f, OPT_SNDBUF, SO_SNDBUFFORCE);
+
+	return err ? err : ms_opt_set(fd, f, OPT_BUF_LOCK);
+}
+
+static int check_blank(int fd, const struct flow *f)
+{
+	int domain, err;
+
+	err = ms_check_socket(fd, &domain);
+	if (err)
+		return err;
+	return domain == (f->family == 4 ? AF_INET : AF_INET6) ? 0 : -EAFNOSUPPORT;
+}
+
+static int restore_one(int fd, struct flow *f)
+{
+	socklen_t len;
+	int err;
+
+	if (f->error)
+		return f->error;
+	err = check_blank(fd, f);
+	if (!err)
+		err = ms_setint(fd, IPPROTO_TCP, TCP_REPAIR, TCP_REPAIR_ON);
+	if (!err)
+		err = set_buffers(fd, f);
+	if (err)
+		return err;
+	len = (socklen_t)strlen(f->device);
+	if (len && setsockopt(fd, SOL_SOCKET, SO_BINDTODEVICE, f->device, len))
+		return -errno;
+	len = (socklen_t)strlen(f->congestion);
+	if (len && setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, f->congestion, len))
+		return -errno;
+	err = ms_opts_apply(fd, f, PHASE_RESTORE);
+	if (!err)
+		err = ms_seat(fd, f, ms_seat_of(f, f->una), f->win.snd_wnd);
+	if (!err && f->opts_present & 1u << OPT_BUF_LOCK)
+		err = ms_opt_set(fd, f, OPT_BUF_LOCK);
+	return err;
+}
+
+int ms_tcp_restore(const int *blank_fds, size_t n, ms_tcp_batch *b, int *err)
+{
+	int failed = 0;
+
+	if (n != b->n)
+		return -EINVAL;
+	for (size_t i = 0; i < n; i++) {
+		err[i] = restore_one(blank_fds[i], &b->flows[i]);
+		failed += !!err[i];
+	}
+	return failed;
+}
