@@ -39,6 +39,7 @@ from midstream_agent.hold_layout import ADDR_CTL, ADDR_KEY, CTL, KEY, MAPS, NOTE
 DEBIAN_BCC = Path("/usr/lib/python3/dist-packages/bcc")
 USR_SRC = Path("/usr/src")
 LIB_MODULES = Path("/lib/modules")
+KHEADERS = Path("/sys/kernel/kheaders.tar.xz")
 BPF_FS_MAGIC = 0xCAFE4A11
 ARCH = {"x86_64": "x86", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
 
@@ -115,7 +116,7 @@ def find_headers() -> Headers:
         return _headers_from_environment(Path(os.environ["BCC_KERNEL_SOURCE"]))
     release = platform.release()
     own = LIB_MODULES / release
-    if (own / "build/include").is_dir() or Path("/sys/kernel/kheaders.tar.xz").exists():
+    if (own / "build/include").is_dir() or KHEADERS.exists():
         return Headers(None)
     found = sorted(_debian_headers(), key=lambda h: _version(h.source))
     if not found:
