@@ -40,7 +40,7 @@ def checksum(data: bytes) -> int:
     """RFC 1071."""
     if len(data) % 2:
         data += b"\0"
-    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return ~total & 0xFFFF
@@ -216,7 +216,6 @@ def _only_probe_answers(sock: socket.socket, port: int) -> None:
     buffer = ctypes.create_string_buffer(program, len(program))
     fprog = struct.pack("HL", len(code), ctypes.addressof(buffer))
     sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, fprog)
-
 
 
 async def resolve(net: NetWorker, index: int, name: str, address: str, timeout_s: float = 5.0) -> bytes:

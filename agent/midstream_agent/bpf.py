@@ -55,7 +55,7 @@ _NUMBER = _number()
 
 def _bpf(command: int, attr: bytes | Buffer) -> int:
     """One bpf(2) call. `attr` is changed in place where the command returns something in it."""
-    result: int = _libc.syscall(_NUMBER, command, ctypes.cast(attr, ctypes.c_void_p), len(attr))
+    result: int = _libc.syscall(_NUMBER, command, address_of(attr), len(attr))
     if result < 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
@@ -64,7 +64,9 @@ def _bpf(command: int, attr: bytes | Buffer) -> int:
 
 def address_of(data: bytes | Buffer) -> int:
     """Address of a bytes object's or buffer's content; the caller keeps it alive."""
-    return ctypes.cast(data, ctypes.c_void_p).value or 0
+    if isinstance(data, bytes):
+        return ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value or 0
+    return ctypes.addressof(data)
 
 
 # -- objects -------------------------------------------------------------------------------------------
@@ -97,7 +99,9 @@ class MapSpec:
     flags: int = 0
 
     def create(self) -> int:
-        head = struct.pack("<7I", self.type, self.key_size, self.value_size, self.max_entries, self.flags, 0, 0)
+        head = struct.pack(
+            "<7I", self.type, self.key_size, self.value_size, self.max_entries, self.flags, 0, 0
+        )
         return _bpf(_MAP_CREATE, ctypes.create_string_buffer(head + self.name.encode().ljust(16, b"\0"), 48))
 
 
@@ -127,7 +131,11 @@ def prog_info(fd: int) -> ProgInfo:
     raw = _info(fd)
     run_time_ns, runs = struct.unpack_from("<QQ", raw, 192)
     return ProgInfo(
-        struct.unpack_from("<I", raw, 4)[0], raw[64:80].rstrip(b"\0").decode(), raw[8:16].hex(), run_time_ns, runs
+        struct.unpack_from("<I", raw, 4)[0],
+        raw[64:80].rstrip(b"\0").decode(),
+        raw[8:16].hex(),
+        run_time_ns,
+        runs,
     )
 
 
@@ -149,13 +157,13 @@ class TestRun:
 
 
 def prog_test_run(fd: int, data: bytes, ctx: bytes = b"", repeat: int = 1, flags: int = 0) -> TestRun:
-    """Run a TC program once on a packet. `ctx` is a struct __sk_buff, of which the kernel takes some fields."""
+    """Run a TC program on a packet. `ctx` is a struct __sk_buff, of which the kernel takes some fields."""
     out = ctypes.create_string_buffer(len(data) + 4096)
     ctx_out = ctypes.create_string_buffer(max(len(ctx), 1))
     attr = ctypes.create_string_buffer(
         struct.pack(
-            "<4I2Q4I2Q3I4x", fd, 0, len(data), len(out), address_of(data), address_of(out), repeat, 0, len(ctx),
-            len(ctx), address_of(ctx) if ctx else 0, address_of(ctx_out) if ctx else 0, flags, 0, 0,
+            "<4I2Q4I2Q3I4x", fd, 0, len(data), len(out), address_of(data), address_of(out), repeat, 0,
+            len(ctx), len(ctx), address_of(ctx) if ctx else 0, address_of(ctx_out) if ctx else 0, flags, 0, 0,
         ),
         80,
     )  # fmt: skip
@@ -220,7 +228,9 @@ class Map:
         """Set n entries; with NOEXIST those that exist stay as they are. Returns how many were set."""
         self._check(keys, n)
         if len(values) != n * self.spec.value_size:
-            raise ValueError(f"{self.spec.name}: {len(values)} bytes are not {n} values of {self.spec.value_size}")
+            raise ValueError(
+                f"{self.spec.name}: {len(values)} bytes are not {n} values of {self.spec.value_size}"
+            )
         base = address_of(values)
         return self._many(_UPDATE_BATCH, _MAP_UPDATE, keys, base, n, flags, errno.EEXIST)
 
@@ -241,7 +251,12 @@ class Map:
         attr = self._elem(0, 0, ANY)
         pointers = ctypes.cast(attr, ctypes.POINTER(ctypes.c_uint64))
         where, key, value = address_of(attr), address_of(keys), address_of(out)
-        syscall, number, key_size, value_size = _libc.syscall, _NUMBER, self.spec.key_size, self.spec.value_size
+        syscall, number, key_size, value_size = (
+            _libc.syscall,
+            _NUMBER,
+            self.spec.key_size,
+            self.spec.value_size,
+        )
         for i in range(n):
             pointers[1] = key + i * key_size
             pointers[2] = value + i * value_size
@@ -259,7 +274,10 @@ class Map:
         keys = ctypes.create_string_buffer(limit * self.spec.key_size)
         cursor = ctypes.create_string_buffer(8)
         attr = ctypes.create_string_buffer(
-            struct.pack("<4Q2I2Q", 0, address_of(cursor), address_of(keys), address_of(values), limit, self.fd, 0, 0), 56
+            struct.pack(
+                "<4Q2I2Q", 0, address_of(cursor), address_of(keys), address_of(values), limit, self.fd, 0, 0
+            ),
+            56,
         )
         try:
             _bpf(_LOOKUP_BATCH, attr)
@@ -310,7 +328,9 @@ class Map:
     def _batch(self, command: int, keys: int, values: int, at: int, n: int, flags: int) -> tuple[int, int]:
         """(entries done, errno): a batch stops at its first failure."""
         key, value = keys + at * self.spec.key_size, values + at * self.spec.value_size if values else 0
-        attr = ctypes.create_string_buffer(struct.pack("<4Q2I2Q", 0, 0, key, value, n - at, self.fd, flags, 0), 56)
+        attr = ctypes.create_string_buffer(
+            struct.pack("<4Q2I2Q", 0, 0, key, value, n - at, self.fd, flags, 0), 56
+        )
         try:
             _bpf(command, attr)
         except OSError as e:

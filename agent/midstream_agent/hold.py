@@ -6,10 +6,10 @@
 Programs and maps are pinned by a short-lived loader, so holds outlive this process; `Hold` only opens the
 pins. What the maps mean is said in bpf/midstream_maps.h, and by whom a packet is dropped in which state.
 
-Concurrency: the map functions are plain system calls (microseconds, the GIL released) and may be called from
-the event loop; BPF programs run on other CPUs at the same time, which is why notes are read twice and why
-entries are deleted before their notes. `attach`, `detach` and `attached` use netlink and setns(2): call them in
-the agent's netlink thread.
+Concurrency: the map functions are plain system calls (microseconds, the GIL released) and may be called
+from the event loop; BPF programs run on other CPUs at the same time, which is why notes are read twice and
+why entries are deleted before their notes. `attach`, `detach` and `attached` use netlink and setns(2): call
+them in the agent's netlink thread.
 """
 
 from __future__ import annotations
@@ -73,11 +73,15 @@ class Hold:
         except OSError as e:
             raise Final(
                 "hold_not_loaded",
-                f"no BPF programs under {where} ({e.strerror}): run `python -m midstream_agent.hold load --bpffs {where}`",
+                f"no BPF programs under {where} ({e.strerror}): "
+                f"run `python -m midstream_agent.hold load --bpffs {where}`",
             ) from e
         for spec in MAPS:
             if maps[spec.name].spec != spec:
-                raise Final("hold_layout", f"{where / spec.name} has another layout than this agent: load its programs")
+                raise Final(
+                    "hold_layout",
+                    f"{where / spec.name} has another layout than this agent: load its programs",
+                )
         return cls(where, maps, progs)
 
     def close(self) -> None:
@@ -105,7 +109,7 @@ class Hold:
         return self._flows.delete_many(keys, n)
 
     def create_notes(self, keys: bytes, n: int) -> int:
-        """Create empty notes, before the flows are frozen; those that exist stay. Returns how many are new."""
+        """Create empty notes, before flows are frozen; those that exist stay. Returns how many are new."""
         return self._notes.update_many(keys, bytes(n * NOTE.size), n, NOEXIST)
 
     def read_notes(self, keys: bytes, n: int) -> bytes:
@@ -158,7 +162,9 @@ class Hold:
             if _stable(before[0], after[0]) and before[:4] == after[:4]:
                 return before
             before = after
-        raise Retryable("note_busy", "a flow's note changes faster than it can be read: packets flood a held flow")
+        raise Retryable(
+            "note_busy", "a flow's note changes faster than it can be read: packets flood a held flow"
+        )
 
     def delete_notes(self, keys: bytes, n: int) -> int:
         """Delete n notes, after their flows were deleted. Returns how many there were."""
@@ -240,11 +246,19 @@ def _address(ip: str) -> bytes:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m midstream_agent.hold", description="BPF programs of a node")
+    parser = argparse.ArgumentParser(
+        prog="python -m midstream_agent.hold", description="BPF programs of a node"
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    load = commands.add_parser("load", help="compile the programs and pin them with their maps; keeps existing maps")
-    load.add_argument("--without-hold", action="store_true", help="programs that pass everything (control for tests)")
-    load.add_argument("--sources", type=Path, metavar="DIR", help="compile these instead of the ones that came along")
+    load = commands.add_parser(
+        "load", help="compile the programs and pin them with their maps; keeps existing maps"
+    )
+    load.add_argument(
+        "--without-hold", action="store_true", help="programs that pass everything (control for tests)"
+    )
+    load.add_argument(
+        "--sources", type=Path, metavar="DIR", help="compile these instead of the ones that came along"
+    )
     commands.add_parser("unload", help="remove the pins; filters that are attached keep their programs")
     commands.add_parser("show", help="counters and programs, as JSON")
     for command in commands.choices.values():
@@ -261,7 +275,11 @@ def _run(args: argparse.Namespace) -> int:
     if args.command == "show":
         with Hold.open(args.bpffs) as hold:
             programs = {name: {"id": p.id, "tag": p.tag} for name, p in hold.programs().items()}
-            print(json.dumps({"counters": hold.counters(), "programs": programs, "flows": len(hold.flow_keys())}))
+            print(
+                json.dumps(
+                    {"counters": hold.counters(), "programs": programs, "flows": len(hold.flow_keys())}
+                )
+            )
         return 0
     from midstream_agent import hold_load  # not in the agent's process: it loads LLVM
 

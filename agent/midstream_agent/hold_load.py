@@ -9,9 +9,9 @@ It runs in a process of its own (an init container in the cluster), because bcc 
               kernel, else any Debian linux-headers-*-common under /usr/src with its flavour beside it
     sources   bpf/ of the checkout, or the copy in the wheel
 
-Maps that are pinned already are kept, with the flows that are held in them, if their layout is the one these
-programs are compiled for; else the loader refuses by name. New programs are pinned over the old ones; `attach`
-then exchanges them on the interfaces.
+Maps that are pinned already are kept, with the flows that are held in them, if their layout is the one
+these programs are compiled for; else the loader refuses by name. New programs are pinned over the old ones;
+`attach` then exchanges them on the interfaces.
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ def import_bcc() -> ModuleType:
     try:
         return importlib.import_module("bcc")
     except (ImportError, OSError) as e:
-        raise Final("no_bcc", f"bcc is there but cannot be imported ({e}): apt install python3-bpfcc libbpfcc") from e
+        raise Final(
+            "no_bcc", f"bcc is there but cannot be imported ({e}): apt install python3-bpfcc libbpfcc"
+        ) from e
 
 
 class _OnlyBcc(importlib.machinery.PathFinder):
@@ -122,9 +124,9 @@ def find_headers() -> Headers:
     if not found:
         raise Final(
             "no_kernel_headers",
-            f"no kernel headers: neither {own}/build (this kernel's own) nor any linux-headers-*-common with its "
-            f"flavour under {USR_SRC}. Any version will do: apt install linux-headers-{_debian_arch()}, or set "
-            "BCC_KERNEL_SOURCE",
+            f"no kernel headers: neither {own}/build (this kernel's own) nor any linux-headers-*-common with "
+            f"its flavour under {USR_SRC}. Any version will do: apt install linux-headers-{_debian_arch()}, or "
+            "set BCC_KERNEL_SOURCE",
         )
     return found[-1]
 
@@ -176,7 +178,10 @@ def _mount_bpffs(path: Path) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.mount(b"bpf", os.fsencode(path), b"bpf", 0, b"mode=0700") != 0:
         code = ctypes.get_errno()
-        raise Final("no_bpffs", f"cannot mount a bpffs on {path}: {os.strerror(code)} (the loader needs CAP_SYS_ADMIN)")
+        raise Final(
+            "no_bpffs",
+            f"cannot mount a bpffs on {path}: {os.strerror(code)} (the loader needs CAP_SYS_ADMIN)",
+        )
 
 
 # -- maps and programs ---------------------------------------------------------------------------------
@@ -195,8 +200,8 @@ def open_map(bpffs: Path, spec: MapSpec) -> int:
     if there != spec:
         raise Final(
             "hold_layout",
-            f"{path} was made by another version ({there}, this one needs {spec}): finish or abort the migrations of "
-            f"this node, then `python -m midstream_agent.hold unload --bpffs {bpffs}`",
+            f"{path} was made by another version ({there}, this one needs {spec}): finish or abort the "
+            f"migrations of this node, then `python -m midstream_agent.hold unload --bpffs {bpffs}`",
         )
     return fd
 
@@ -205,7 +210,9 @@ def _create(spec: MapSpec) -> int:
     try:
         return spec.create()
     except PermissionError as e:
-        raise Final("no_capability", "creating a BPF map is not permitted: the loader needs CAP_BPF and CAP_NET_ADMIN") from e
+        raise Final(
+            "no_capability", "creating a BPF map is not permitted: the loader needs CAP_BPF and CAP_NET_ADMIN"
+        ) from e
 
 
 def sources() -> Path:
@@ -231,8 +238,8 @@ def compile_programs(
     except Exception as e:  # bcc raises bare Exception; what clang or the verifier said is on stderr
         raise Final(
             "bpf_build_failed",
-            f"bcc cannot build the programs ({e}); headers: {headers.source or 'those of this kernel'}. What the "
-            "compiler or the verifier said is above; kernels before 5.12 lack the atomics that notes need",
+            f"bcc cannot build the programs ({e}); headers: {headers.source or 'those of this kernel'}. What "
+            "the compiler or the verifier said is above; kernels before 5.12 lack the atomics that notes need",
         ) from e
 
 

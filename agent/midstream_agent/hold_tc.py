@@ -2,8 +2,8 @@
 
 Other parties use clsact too (policy agents, other CNIs). Our filters therefore have a handle of their own,
 take the first priority that will have them (a filter before us that says "ok" would end the chain and let a
-held flow through), and pass packets on to the next filter. Only ours are ever removed, and the qdisc only with
-its last filter and if it was us who made it.
+held flow through), and pass packets on to the next filter. Only ours are ever removed, and the qdisc only
+with its last filter and if it was us who made it.
 
 An `Interface` enters the namespace for its lifetime: use it in a thread that may do so.
 """
@@ -64,7 +64,9 @@ class Interface:
             self._ipr = stack.enter_context(IPRoute())
             found = self._ipr.link_lookup(ifname=self._ifname)
             if not found:
-                raise Final("no_interface", f"no interface {self._ifname} in {self._netns_path or 'this namespace'}")
+                raise Final(
+                    "no_interface", f"no interface {self._ifname} in {self._netns_path or 'this namespace'}"
+                )
             self._index = found[0]
             self._stack = stack.pop_all()
         return self
@@ -88,7 +90,9 @@ class Interface:
                 if e.code not in (errno.EINVAL, errno.ENOSPC, errno.EEXIST, errno.EOPNOTSUPP, errno.ENOENT):
                     raise
                 refused = e
-        raise Final("tc_refused", f"{self._ifname}: the kernel takes no BPF filter at priorities 1-16 ({refused})")
+        raise Final(
+            "tc_refused", f"{self._ifname}: the kernel takes no BPF filter at priorities 1-16 ({refused})"
+        )
 
     def remove(self, names: Iterable[tuple[str, int]]) -> None:
         """Take programs off, and the qdisc if we made it and nothing else is on it."""
@@ -109,7 +113,9 @@ class Interface:
 
     # -- netlink ---------------------------------------------------------------------------------------
 
-    def _filter(self, command: str, name: str, direction: int, priority: int, handle: int, prog_fd: int) -> None:
+    def _filter(
+        self, command: str, name: str, direction: int, priority: int, handle: int, prog_fd: int
+    ) -> None:
         self._ipr.tc(
             command, "bpf", self._index, handle, parent=direction, prio=priority, protocol=ETH_P_ALL,
             fd=prog_fd, name=name, direct_action=True,

@@ -43,7 +43,9 @@ class Injector:
             _sysctl(f"net/ipv6/conf/{name}/accept_ra", "0")
             ipr.link("set", ifname=name, state="up", mtu=max(mtu_bytes, 1500))
         _sysctl(f"net/ipv4/conf/{IN}/forwarding", "1")
-        mac = {n: bytes.fromhex(ipr.get_links(ifname=n)[0].get_attr("IFLA_ADDRESS").replace(":", "")) for n in (OUT, IN)}
+        mac = {
+            n: bytes.fromhex(ipr.get_links(ifname=n)[0].get_attr("IFLA_ADDRESS").replace(":", "")) for n in (OUT, IN)
+        }
         sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)  # protocol 0: receives nothing
         sock.bind((OUT, 0))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8 << 20)

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 
 from midstream_runtime.contract.errors import Final, MidstreamError
 
-from midstream_agent import pods, saga, source
+from midstream_agent import saga, source, tcp
 from midstream_agent.contract import agent_pb2 as pb
 from midstream_agent.journal import Journal, journals
 from midstream_agent.node import Node
 from midstream_agent.peer import PeerSession
 from midstream_agent.source import STEPS, Aborted, SourceJob
+from midstream_agent.target import fds_of
 
 log = logging.getLogger(__name__)
 _JOB_ID = re.compile(r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$")
@@ -78,7 +79,9 @@ class SourceJobs:
         if not _JOB_ID.match(request.job_id):
             raise Final("bad_job_id", f"job id {request.job_id!r}: use lower case letters, digits, '-' and '.'")
         if request.switchover == pb.SWITCHOVER_STEER:
-            raise Final("no_steer", "switchover Steer needs the tunnel, which this version does not have: use Wait or Auto")
+            raise Final(
+                "no_steer", "switchover Steer needs the tunnel, which this version does not have: use Wait or Auto"
+            )
         self._node.check_epoch(f"pod:{request.pod.uid}", request.epoch)
         other = self._busy.get(request.pod.uid)
         if other:
@@ -104,7 +107,7 @@ class SourceJobs:
         record.job = job
         try:
             await saga.run(STEPS, job, job.clock)
-            _succeeded(job)
+            _through(job)
         except saga.Failed as e:
             _undone(job, e)
         except MidstreamError as e:
@@ -123,7 +126,9 @@ class SourceJobs:
         for t in job.clock.steps:
             record.report.steps.add(name=t.name, start_ms=t.start_ms, took_ms=t.took_ms, outcome=t.outcome)
         record.job = None
-        record.add(pb.MigrateEvent(at_ms=job.clock.now_ms(), phase=record.report.phase, what="end", report=record.report))
+        record.add(
+            pb.MigrateEvent(at_ms=job.clock.now_ms(), phase=record.report.phase, what="end", report=record.report)
+        )
 
     def abort(self, job_id: str) -> tuple[bool, str]:
         """Idempotent. After the point of no return it stops nothing and says so."""
@@ -167,11 +172,13 @@ class SourceJobs:
             await self._take_up(job)
             if journal.decided("COMMIT"):
                 await saga.roll_forward(STEPS, job, job.clock)
-                _succeeded(job)
+                _through(job)
             else:
                 begun = tuple(s for s in STEPS if journal.began(s.name))
                 await saga.roll_back(begun, job, job.clock)
-                _undone(job, saga.Failed("restart", Final("agent_restarted", "the source's agent restarted: rolled back")))
+                _undone(
+                    job, saga.Failed("restart", Final("agent_restarted", "the source's agent restarted: rolled back"))
+                )
         except MidstreamError as e:
             _failed(job, e)
         finally:
@@ -183,22 +190,33 @@ class SourceJobs:
         await source.connect_pod(job)
         sent = job.journal.decided("SENT")
         job.peer = PeerSession(
-            settings, request.target_node.name, request.target_node.endpoint, request.job_id, request.epoch, job.node.boot_id
+            settings,
+            request.target_node.name,
+            request.target_node.endpoint,
+            request.job_id,
+            request.epoch,
+            job.node.boot_id,
         )
         job.peer.was_boot_id = str(sent["boot_id"]) if sent else ""
         job.discarded = sent is None
         _, handoff = job.live_pod()
         if job.journal.began("PAUSE"):
-            answer = await handoff.ask("fds", {"job": request.job_id})
-            job.fds = answer.take_fds()
-            at, _ = job.live_pod()
-            job.keys = source.tcp.flow_keys(job.fds)
-            job.addresses = sorted({pods.local_address(fd) for fd in job.fds})
-        job.addresses = job.addresses or list(request.addresses)
+            job.fds = await fds_of(handoff, request.job_id)
+            job.keys = tcp.flow_keys(job.fds)
+        plan = job.journal.decided("PLAN")
+        job.addresses = plan["addresses"] if plan else list(request.addresses)
         commit = job.journal.decided("COMMIT")
         if commit:
             job.keys, job.addresses = commit["keys"], commit["addresses"]
-        job.moving = job.journal.began("MOVE_ADDRESS")
+        job.moving = job.journal.began("SEND")
+
+
+def _through(job: SourceJob) -> None:
+    """All steps are done; the point of no return was passed."""
+    if job.lost is not None:
+        _failed(job, job.lost)
+    else:
+        _succeeded(job)
 
 
 def _succeeded(job: SourceJob) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
 import logging
 import os
 import struct
-import ipaddress
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -177,7 +177,9 @@ class Node:
         """Refuse a command that is older than the newest one seen for this pod or address."""
         seen = self._epochs.get(what, 0)
         if epoch < seen:
-            raise Final("stale_epoch", f"command with epoch {epoch} for {what} is older than {seen}: another operator rules")
+            raise Final(
+                "stale_epoch", f"command with epoch {epoch} for {what} is older than {seen}: another operator rules"
+            )
         if epoch > seen:
             self._epochs[what] = epoch
             self._save_epochs()

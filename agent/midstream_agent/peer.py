@@ -20,6 +20,7 @@ from midstream_agent.contract import agent_pb2_grpc as rpc
 from midstream_agent.settings import Settings
 
 PROTOCOL, MIN_PROTOCOL = 1, 1
+EOF = aio.EOF  # type: ignore[attr-defined]  # grpc-stubs do not know it
 log = logging.getLogger(__name__)
 _BROKEN = (TimeoutError, aio.AioRpcError, aio.UsageError, asyncio.InvalidStateError)
 
@@ -48,7 +49,12 @@ class PeerSession:
         self.node = node
         self.endpoint = endpoint
         self._hello = pb.PeerHello(
-            protocol=PROTOCOL, min_protocol=MIN_PROTOCOL, node=settings.node, boot_id=boot_id, job_id=job_id, epoch=epoch
+            protocol=PROTOCOL,
+            min_protocol=MIN_PROTOCOL,
+            node=settings.node,
+            boot_id=boot_id,
+            job_id=job_id,
+            epoch=epoch,
         )
         self._channel: aio.Channel | None = None
         self._call: Any = None
@@ -62,18 +68,20 @@ class PeerSession:
         await self.close()
         options = [*channel_options(self._settings), ("grpc.ssl_target_name_override", self.node)]
         self._channel = aio.secure_channel(self.endpoint, tls.channel_credentials(self._settings.tls), options)
-        self._call = rpc.PeerStub(self._channel).Session()  # type: ignore[no-untyped-call]
+        self._call = rpc.PeerStub(self._channel).Session()  # type: ignore[call-arg]  # the stubs lack the writing form
         await self.post(pb.PeerRequest(hello=self._hello))
         reply = await self.answer(self._settings.timeouts.peer_connect_s)
         hello = reply.hello
-        if hello.protocol < MIN_PROTOCOL or PROTOCOL < hello.min_protocol:
+        if hello.protocol < MIN_PROTOCOL or hello.min_protocol > PROTOCOL:
             raise Final(
                 "peer_protocol",
                 f"agent on {self.node} speaks protocol {hello.min_protocol}..{hello.protocol}, this one "
                 f"{MIN_PROTOCOL}..{PROTOCOL}: upgrade the older one first",
             )
         if hello.node != self.node:
-            raise Final("peer_wrong_node", f"{self.endpoint} is node {hello.node}, not {self.node}: check the inventory")
+            raise Final(
+                "peer_wrong_node", f"{self.endpoint} is node {hello.node}, not {self.node}: check the inventory"
+            )
         self.boot_id = hello.boot_id
         self.was_boot_id = self.was_boot_id or hello.boot_id
 
@@ -122,7 +130,7 @@ class PeerSession:
                 reply = await self._call.read()
         except _BROKEN as e:
             await self._give_up(e, what)
-        if reply is aio.EOF:
+        if reply is EOF:
             status = await self._call.code(), await self._call.details()
             await self.close()
             raise Retryable("peer_unreachable", f"agent on {self.node} ended the session: {status[0]} {status[1]}")
@@ -143,7 +151,7 @@ class PeerSession:
             self._call.cancel()
             self._call = None
         if self._channel is not None:
-            await self._channel.close()
+            await self._channel.close(None)
             self._channel = None
 
     async def insist(self, request: pb.PeerRequest, gone: Callable[[], bool]) -> pb.PeerReply | None:
@@ -169,12 +177,14 @@ class PeerSession:
 class PeerService(rpc.PeerServicer):
     """The target's end: each session is served by a `handler` made for its hello."""
 
-    def __init__(self, settings: Settings, boot_id: str, handlers: Callable[[pb.PeerHello], Awaitable[Handler]]) -> None:
+    def __init__(
+        self, settings: Settings, boot_id: str, handlers: Callable[[pb.PeerHello], Awaitable[Handler]]
+    ) -> None:
         self._settings = settings
         self._boot_id = boot_id
         self._handlers = handlers
 
-    async def Session(self, requests: Any, context: Any) -> Any:  # noqa: N802 - the name is the protocol's
+    async def Session(self, requests: Any, context: Any) -> Any:
         handler: Handler | None = None
         try:
             async for request in requests:
@@ -196,7 +206,7 @@ class PeerService(rpc.PeerServicer):
                 await handler.session_ended()
 
     async def _greet(self, hello: pb.PeerHello, reply: pb.PeerReply) -> Handler:
-        if hello.protocol < MIN_PROTOCOL or PROTOCOL < hello.min_protocol:
+        if hello.protocol < MIN_PROTOCOL or hello.min_protocol > PROTOCOL:
             raise Final(
                 "peer_protocol",
                 f"agent on {hello.node} speaks protocol {hello.min_protocol}..{hello.protocol}, this one "

@@ -148,9 +148,7 @@ async def _until_done(
             pause_s = min(pause_s * 2, 2.0)
 
 
-async def _act(
-    step: Step[C], action: str, call: Callable[[C], Awaitable[None]], ctx: C, clock: Clock
-) -> None:
+async def _act(step: Step[C], action: str, call: Callable[[C], Awaitable[None]], ctx: C, clock: Clock) -> None:
     where = f"{ctx.side}.{step.name}.{action}"
     start_ms = clock.now_ms()
     ctx.journal.intent(step.name, action)

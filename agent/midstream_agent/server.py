@@ -23,7 +23,7 @@ class AgentService(rpc.AgentServicer):
         self._node = node
         self._jobs = jobs
 
-    async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.DescribeReply:  # noqa: N802
+    async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.DescribeReply:
         await self._admit(context)
         net = self._node.net
         return pb.DescribeReply(
@@ -35,7 +35,7 @@ class AgentService(rpc.AgentServicer):
             floating_addresses=sorted(await net.run(net.routed_addresses)),
         )
 
-    async def AttachAddress(self, request: pb.AttachAddressRequest, context: Any) -> pb.AttachAddressReply:  # noqa: N802
+    async def AttachAddress(self, request: pb.AttachAddressRequest, context: Any) -> pb.AttachAddressReply:
         await self._admit(context)
         try:
             await self._attach(request)
@@ -50,7 +50,9 @@ class AgentService(rpc.AgentServicer):
         try:
             taken = (await node.net.run(node.net.routed_addresses)).get(request.address)
             if taken is not None and taken != at.link.index:
-                raise Final("address_taken", f"{request.address} leads to another pod of this node: detach it there first")
+                raise Final(
+                    "address_taken", f"{request.address} leads to another pod of this node: detach it there first"
+                )
             node.address_comes_back([request.address])
             await node.plumb(at, request.address, route=True)
             if request.announce:
@@ -58,7 +60,7 @@ class AgentService(rpc.AgentServicer):
         finally:
             at.close()
 
-    async def DetachAddress(self, request: pb.DetachAddressRequest, context: Any) -> pb.DetachAddressReply:  # noqa: N802
+    async def DetachAddress(self, request: pb.DetachAddressRequest, context: Any) -> pb.DetachAddressReply:
         await self._admit(context)
         try:
             self._node.check_epoch(f"address:{request.address}", request.epoch)
@@ -71,7 +73,7 @@ class AgentService(rpc.AgentServicer):
             await _refuse(context, e)
         return pb.DetachAddressReply()
 
-    async def Migrate(self, request: pb.MigrateRequest, context: Any) -> Any:  # noqa: N802
+    async def Migrate(self, request: pb.MigrateRequest, context: Any) -> Any:
         await self._admit(context)
         try:
             record = self._jobs.start(request)
@@ -81,7 +83,7 @@ class AgentService(rpc.AgentServicer):
         async for event in record.follow():
             yield event
 
-    async def Status(self, request: pb.StatusRequest, context: Any) -> pb.StatusReply:  # noqa: N802
+    async def Status(self, request: pb.StatusRequest, context: Any) -> pb.StatusReply:
         await self._admit(context)
         records = self._jobs.records
         if request.job_id and request.job_id not in records:
@@ -89,7 +91,7 @@ class AgentService(rpc.AgentServicer):
         wanted = [request.job_id] if request.job_id else list(records)
         return pb.StatusReply(jobs=[records[job_id].report for job_id in wanted])
 
-    async def Abort(self, request: pb.AbortRequest, context: Any) -> pb.AbortReply:  # noqa: N802
+    async def Abort(self, request: pb.AbortRequest, context: Any) -> pb.AbortReply:
         await self._admit(context)
         try:
             accepted, message = self._jobs.abort(request.job_id)
@@ -97,7 +99,7 @@ class AgentService(rpc.AgentServicer):
             await _refuse(context, e)
         return pb.AbortReply(accepted=accepted, message=message)
 
-    async def DeclareGone(self, request: pb.DeclareGoneRequest, context: Any) -> pb.DeclareGoneReply:  # noqa: N802
+    async def DeclareGone(self, request: pb.DeclareGoneRequest, context: Any) -> pb.DeclareGoneReply:
         await self._admit(context)
         try:
             self._jobs.declare_gone(request.job_id, request.node, request.evidence)
@@ -105,14 +107,16 @@ class AgentService(rpc.AgentServicer):
             await _refuse(context, e)
         return pb.DeclareGoneReply()
 
-    async def Doctor(self, request: pb.DoctorRequest, context: Any) -> pb.DoctorReply:  # noqa: N802
+    async def Doctor(self, request: pb.DoctorRequest, context: Any) -> pb.DoctorReply:
         await self._admit(context)
         return pb.DoctorReply(findings=await doctor.examine(self._node))
 
     async def _admit(self, context: Any) -> None:
         names = tls.names_of(context)
         if tls.OPERATOR not in names:
-            text = f"not_operator: the caller's certificate is for {sorted(names)}; only {tls.OPERATOR} commands an agent"
+            text = (
+                f"not_operator: the caller's certificate is for {sorted(names)}; only {tls.OPERATOR} commands an agent"
+            )
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, text)
 
 
@@ -127,9 +131,9 @@ async def serve(node: Node) -> tuple[aio.Server, SourceJobs, TargetJobs]:
     jobs, targets = SourceJobs(node), TargetJobs(node)
     await targets.recover()
     server = aio.server(options=peer.channel_options(node.settings))
-    rpc.add_AgentServicer_to_server(AgentService(node, jobs), server)  # type: ignore[no-untyped-call]
+    rpc.add_AgentServicer_to_server(AgentService(node, jobs), server)
     service = peer.PeerService(node.settings, node.boot_id, targets.session)
-    rpc.add_PeerServicer_to_server(service, server)  # type: ignore[no-untyped-call]
+    rpc.add_PeerServicer_to_server(service, server)
     if server.add_secure_port(node.settings.listen, tls.server_credentials(node.settings.tls)) == 0:
         raise Final("listen", f"cannot listen on {node.settings.listen}: is another agent running?")
     await server.start()

@@ -7,6 +7,7 @@ ACTIVATED clients wait, so nothing in these steps may be slow that could be done
 from __future__ import annotations
 
 import asyncio
+import bisect
 import logging
 import os
 import time
@@ -16,7 +17,7 @@ from typing import Any
 
 from midstream_runtime.contract.errors import Final, MidstreamError, Retryable
 
-from midstream_agent import pods, tcp
+from midstream_agent import failpoints, pods, tcp
 from midstream_agent.contract import agent_pb2 as pb
 from midstream_agent.handoff import HandoffClient
 from midstream_agent.hold import ADDR_LEAVING, FLOW_FROZEN, FLOW_HELD, FLOW_MOVED
@@ -28,6 +29,7 @@ from midstream_agent.saga import Clock, Step
 from midstream_agent.target import bring_up, fingerprint_of, greet, pool_fingerprint_of, responder_for
 
 log = logging.getLogger(__name__)
+QUEUE_BUCKETS = (0, 1 << 10, 16 << 10, 256 << 10, 4 << 20)  # upper bounds, bytes; agent.proto names them
 
 
 class Aborted(Final):
@@ -67,6 +69,7 @@ class SourceJob:
     abort_asked: bool = False
     frozen_at: float = 0.0
     clients_wait: bool = False
+    lost: Final | None = None
 
     # -- what the saga's loop asks ---------------------------------------------------------------------
 
@@ -81,9 +84,11 @@ class SourceJob:
             raise Aborted
         deadline = self.request.deadline_unix_ms
         if deadline and time.time() * 1000 > deadline:
-            raise Final("deadline_passed", "the job's deadline passed before the point of no return: the source goes on")
+            raise Final(
+                "deadline_passed", "the job's deadline passed before the point of no return: the source goes on"
+            )
 
-    def phase(self, phase: pb.Phase) -> None:
+    def phase(self, phase: pb.Phase.ValueType) -> None:
         self.report.phase = phase
 
     @property
@@ -125,6 +130,7 @@ async def connect(job: SourceJob) -> None:
     if request.target_node.name == job.node.settings.node:
         raise Final("same_node", f"{request.target_node.name} is the node the pod runs on: choose another target")
     job.addresses = await _floating_addresses(job)
+    job.journal.decide("PLAN", addresses=job.addresses)
     job.peer = PeerSession(
         job.node.settings,
         request.target_node.name,
@@ -241,6 +247,8 @@ async def unprepare(job: SourceJob) -> None:
     # the target undoes its own part as soon as the session ends: it has no checkpoint yet, or was told already
     for address in job.addresses:
         job.node.hold.del_addr(address)
+    if job.handoff is not None:
+        await job.handoff.ask("resume", {"job": job.request.job_id})
 
 
 # -- PAUSE -------------------------------------------------------------------------------------------------
@@ -319,6 +327,15 @@ async def export(job: SourceJob) -> None:
     job.report.checkpoint_us = (time.perf_counter() - began) * 1e6 / max(job.streams, 1)
     keys, ctls = job.batch.flow_entries(FLOW_HELD)
     job.node.hold.set_flows(keys, ctls, job.streams)
+
+
+def _count_queues(counts: pb.QueueCounts, queued: list[int]) -> None:
+    counts.with_bytes = sum(1 for n in queued if n)
+    counts.bytes = sum(queued)
+    histogram = [0] * (len(QUEUE_BUCKETS) + 1)
+    for n in queued:
+        histogram[bisect.bisect_left(QUEUE_BUCKETS, n)] += 1
+    counts.histogram.extend(histogram)
 
 
 async def thaw(job: SourceJob) -> None:
@@ -444,13 +461,23 @@ async def commit(job: SourceJob) -> None:
         job.journal.decide("COMMIT", keys=job.keys, addresses=job.addresses)
         job.report.point_of_no_return_ms = job.clock.now_ms()
     job.phase(pb.PHASE_COMMITTING)
-    body = pb.PeerCommit(notes=notes_path.read_bytes())
-    reply = await job.insist(pb.PeerRequest(commit=body))
-    job.node.set_state(job.keys, FLOW_MOVED)
-    if reply is None:
-        raise Final("target_lost", "the target's node is gone after the point of no return: its streams are lost")
-    job.clients_wait = False
+    await failpoints.point("source.COMMIT.do.journalled")
+    count = len(job.keys) // tcp.KEY_BYTES
+    try:
+        reply = await job.insist(pb.PeerRequest(commit=pb.PeerCommit(notes=notes_path.read_bytes())))
+        if reply is None:
+            raise Final("target_lost", "the target's node is gone after the point of no return: its streams are lost")
+    except Final as e:
+        # never back: the target may have activated before it failed. What is here is let go all the same.
+        job.report.streams.lost = count
+        job.lost = e
+        return
+    finally:
+        job.node.set_state(job.keys, FLOW_MOVED)
+        job.clients_wait = False
     job.report.streams.migrated = reply.activated.streams
+    if job.batch is not None:
+        _count_queues(job.report.queues, [i.send_bytes + i.recv_bytes for i in job.batch.infos()])
     if job.frozen_at:
         job.report.hold_ms = (time.monotonic() - job.frozen_at) * 1000
 

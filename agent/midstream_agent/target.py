@@ -86,7 +86,9 @@ class TargetJob:
             self.ports = _listening_ports(hello.header)
             missing = sorted(set(req.ports) - self.ports)
             if missing:
-                raise Final("target_not_listening", f"the target pod does not listen on port {missing}: same pod template?")
+                raise Final(
+                    "target_not_listening", f"the target pod does not listen on port {missing}: same pod template?"
+                )
             if hello.header.get("pool") and self.pool is None:
                 self.pool = PoolView(hello.fds.pop(0), Geometry.parse(hello.header["pool"]), writable=True)
         finally:
@@ -99,7 +101,9 @@ class TargetJob:
         taken = await node.net.run(node.net.routed_addresses)
         for address in addresses:
             if address in taken:
-                raise Final("address_taken", f"{address} is routed to a pod of {node.settings.node} already: free it first")
+                raise Final(
+                    "address_taken", f"{address} is routed to a pod of {node.settings.node} already: free it first"
+                )
         node.address_comes_back(addresses)
         self.addresses = addresses
         for address in addresses:
@@ -180,7 +184,9 @@ class TargetJob:
             key = keys[i * tcp.KEY_BYTES : (i + 1) * tcp.KEY_BYTES]
             port = struct.unpack_from("!H", key, 32)[0]
             if key[:16] not in allowed or port not in self.ports:
-                raise Final("checkpoint_foreign", f"checkpoint {i} is for an address or port that this pod does not serve")
+                raise Final(
+                    "checkpoint_foreign", f"checkpoint {i} is for an address or port that this pod does not serve"
+                )
         return keys, ctls
 
     async def _match_blanks(self) -> None:
@@ -248,7 +254,9 @@ class TargetJob:
             return pb.PeerActivated(streams=self.streams, activate_ms=self.activate_ms)
         if self.state != RESTORED:
             raise Final("job_state", f"job {self.job_id} is {self.state} here: it was never restored")
-        assert self.journal is not None and self.handoff is not None and self.batch is not None
+        if self.handoff is None:
+            raise Final("target_lost", f"the pod of job {self.job_id} has gone, and its sockets with it")
+        assert self.journal is not None and self.batch is not None
         began = time.perf_counter()
         await failpoints.point("target.ACTIVATE.do.before")
         self.journal.decide(ACTIVATED)
@@ -329,23 +337,40 @@ class TargetJob:
     # -- after a restart of the agent ------------------------------------------------------------------
 
     @classmethod
-    async def recover(cls, node: Node, journal: Journal) -> TargetJob:
-        """A job that an earlier agent process of this boot had restored: held until the source speaks."""
+    async def reopen(cls, node: Node, journal: Journal) -> TargetJob:
+        """A job of an earlier agent process of this boot; a pod that has gone meanwhile leaves `at` empty."""
         facts = journal.facts
-        job = cls(node, facts["job"], facts["source"], facts["source_boot_id"], state=RESTORED, journal=journal)
+        job = cls(node, facts["job"], facts["source"], facts["source_boot_id"], state=PREPARED, journal=journal)
         job.addresses, job.added = facts["addresses"], facts["added"]
-        job.at = await node.attach_pod(facts["pod"])
-        sock = pods.connect_handoff(job.at.pod, node.settings.handoff_path)
-        job.handoff = HandoffClient(sock, node.settings.timeouts.handoff_s)
-        hello = await greet(job.handoff, node.settings.node)
-        hello.close()
-        answer = await job.handoff.ask("fds", {"job": job.job_id})
-        job.batch = tcp.Batch.decode(journal.blob_path("checkpoints").read_bytes())
-        job.streams = len(job.batch)
-        job.blanks = answer.take_fds(job.streams)
-        job.keys, _ = job.batch.flow_entries(FLOW_HELD)
-        job.ports = _listening_ports(hello.header)
+        try:
+            job.at = await node.attach_pod(facts["pod"])
+            sock = pods.connect_handoff(job.at.pod, node.settings.handoff_path)
+            job.handoff = HandoffClient(sock, node.settings.timeouts.handoff_s)
+            hello = await greet(job.handoff, node.settings.node)
+            job.ports = _listening_ports(hello.header)
+            hello.close()
+        except MidstreamError as e:
+            log.error("job %s: its pod cannot be reached after the restart: %s", job.job_id, e)
         return job
+
+    async def reacquire(self) -> None:
+        """A restored job: its sockets are held in the pod, its checkpoints lie beside the journal."""
+        assert self.journal is not None
+        self.state = RESTORED
+        self.batch = tcp.Batch.decode(self.journal.blob_path("checkpoints").read_bytes())
+        self.streams = len(self.batch)
+        self.keys, _ = self.batch.flow_entries(FLOW_HELD)
+        if self.handoff is None:
+            return
+        self.blanks = await fds_of(self.handoff, self.job_id)
+        if not self.blanks and self.journal.decided(ACTIVATED):
+            self.state = ACTIVATED  # the pod had them already: only our answer was lost
+
+    def own_leftovers(self) -> None:
+        """Entries of a job that died between making them and journalling RESTORED."""
+        ours = {tcp.mapped(a) for a in self.addresses}
+        keys = [k for k in self.node.hold.flow_keys() if k[:16] in ours]
+        self.keys, self.streams = b"".join(keys), len(keys)
 
 
 class TargetJobs:
@@ -359,10 +384,12 @@ class TargetJobs:
         """Take up what an earlier process of this boot left."""
         for path in journals(self._node.journal_folder, "target"):
             journal = Journal.load(path)
+            job = await TargetJob.reopen(self._node, journal)
             if journal.decided(DISCARDED) or not journal.decided(RESTORED):
-                journal.remove()
+                job.own_leftovers()
+                await job.discard()
                 continue
-            job = await TargetJob.recover(self._node, journal)
+            await job.reacquire()
             self.jobs[job.job_id] = job
             log.info("job %s: restored before this agent started, held until %s decides", job.job_id, job.source_node)
 
@@ -424,6 +451,17 @@ class TargetSession(peer.Handler):
                 self._jobs.jobs.pop(self._job.job_id, None)
 
 
+async def fds_of(handoff: HandoffClient, job_id: str) -> list[int]:
+    """The job's sockets once more from the pod; none when the pod does not know the job (any more)."""
+    try:
+        answer = await handoff.ask("fds", {"job": job_id})
+    except Final as e:
+        if e.code != "unknown_job":
+            raise
+        return []
+    return answer.take_fds()
+
+
 # -- shared with the source's thaw -----------------------------------------------------------------------
 
 
@@ -462,7 +500,7 @@ def _newer(b: bytes, a: bytes) -> bool:
     if not flags_a & NOTE_SEG:
         return True
     ack_a, ack_b = struct.unpack_from("=I", a, 12)[0], struct.unpack_from("=I", b, 12)[0]
-    return ((ack_b - ack_a) & 0xFFFFFFFF) < 0x80000000
+    return bool(((ack_b - ack_a) & 0xFFFFFFFF) < 0x80000000)
 
 
 async def greet(handoff: HandoffClient | None, node: str) -> Any:
@@ -470,7 +508,7 @@ async def greet(handoff: HandoffClient | None, node: str) -> Any:
     assert handoff is not None
     answer = await handoff.ask("hello", {"version": wire.VERSION, "min_version": wire.MIN_VERSION, "node": node})
     version, minimum = answer.header.get("version", 0), answer.header.get("min_version", 0)
-    if version < wire.MIN_VERSION or wire.VERSION < minimum:
+    if version < wire.MIN_VERSION or minimum > wire.VERSION:
         answer.close()
         raise Final(
             "handoff_version",

@@ -36,4 +36,6 @@ def _read(files: TlsFiles) -> tuple[bytes, bytes, bytes]:
     try:
         return files.ca.read_bytes(), files.cert.read_bytes(), files.key.read_bytes()
     except OSError as e:
-        raise Final("tls_files", f"cannot read the agent's TLS material: {e}; see --tls-ca, --tls-cert, --tls-key") from e
+        raise Final(
+            "tls_files", f"cannot read the agent's TLS material: {e}; see --tls-ca, --tls-cert, --tls-key"
+        ) from e

@@ -6,13 +6,19 @@ A test that kills an agent starts it again.
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import json
+import secrets
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from midstream_agent.hold import Hold
 from midstream_testbed.fleet import Agent, Fleet
 from midstream_testbed.machine import Client, Host, Pod
 from midstream_testbed.namespace import Namespace, Process
@@ -93,6 +99,75 @@ class World:
         if report["phase"] == "PHASE_SUCCEEDED":
             self.at = self.away
         return report
+
+    def hop_in_background(self) -> str:
+        """Start a migration to the other host; returns its job id without waiting."""
+        job = f"job-{secrets.token_hex(4)}"
+        argv = self.fleet.cli_argv("migrate", self.source.name, "--to", self.away, "--job", job)
+        self.fleet.operator.popen(argv, env=self.fleet.env(), name="migrate")
+        return job
+
+    def hop_that_breaks(self) -> str:
+        """The same, for a job during which the source's agent dies: the CLI loses its call."""
+        return self.hop_in_background()
+
+    def job_phase(self, job: str) -> str:
+        """The job's phase by `midstream status`; empty when no agent knows it (yet)."""
+        for line in self.fleet.cli("status").stdout.splitlines():
+            if line.startswith(job):
+                return line.split()[1]
+        return ""
+
+    def wait_job(self, job: str, timeout_s: float = 40) -> str:
+        end = time.monotonic() + timeout_s
+        while (phase := self.job_phase(job)) not in ("Succeeded", "RolledBack", "Failed", "Aborted"):
+            if time.monotonic() > end:
+                logs = "".join(f"--- {n}\n{a.log[-3000:]}" for n, a in self.fleet.agents.items())
+                raise TimeoutError(f"job {job} is {phase!r} after {timeout_s:g} s\n{logs}")
+            time.sleep(0.1)
+        return phase
+
+    def wait_fired(self, agent: str, failpoint: str, timeout_s: float = 20) -> None:
+        end = time.monotonic() + timeout_s
+        while failpoint not in self.agent(agent).fired():
+            if time.monotonic() > end:
+                raise TimeoutError(f"{failpoint} did not fire within {timeout_s:g} s")
+            time.sleep(0.02)
+
+    def held(self, agent: str) -> dict[str, int]:
+        """What the node's maps hold: entries by map, without those that are zero."""
+        with Hold.open(self.agent(agent).bpffs) as hold:
+            found = {"flows": len(hold.flow_keys()), "notes": len(hold.note_keys()), "addrs": len(hold.addr_keys())}
+        return {k: v for k, v in found.items() if v}
+
+    @contextlib.contextmanager
+    def cut_off(self, name: str) -> Iterator[None]:
+        """Agents cannot reach each other: the router drops what goes to or comes from that node's own address."""
+        address = self.agent(name).host.ipv4
+        rules = f"ip saddr {address} drop; ip daddr {address} drop;"
+        self.vpc.router.nft(f"table inet ms_cut {{ chain c {{ type filter hook forward priority -10; {rules} }} }}")
+        try:
+            yield
+        finally:
+            self.vpc.router.nft("delete table inet ms_cut")
+
+    def wait_streams(self, address: str, wanted: int, timeout_s: float = 20) -> None:
+        """Return when the pod's namespace has that many established connections on `address`."""
+        end = time.monotonic() + timeout_s
+        while (seen := self.established(address)) < wanted:
+            if time.monotonic() > end:
+                raise TimeoutError(f"{seen} of {wanted} connections came within {timeout_s:g} s")
+            time.sleep(0.02)
+
+    def established(self, address: str) -> int:
+        """Established sockets of the serving pod whose local address is `address`, by /proc/net/tcp6."""
+        packed = ipaddress.ip_address(address).packed
+        v6 = packed if len(packed) == 16 else bytes(10) + b"\xff\xff" + packed
+        wanted = "".join(v6[i : i + 4][::-1].hex() for i in range(0, 16, 4)).upper()
+        lines = [x.split() for x in self.source.proc_net("tcp6").splitlines()[1:]]
+        v4 = packed[::-1].hex().upper() if len(packed) == 4 else "-"
+        lines += [x.split() for x in self.source.proc_net("tcp").splitlines()[1:]]
+        return sum(x[3] == "01" and x[1].split(":")[0] in (wanted, v4) for x in lines)
 
     def restart_if_dead(self) -> list[str]:
         """Start agents again that a failpoint killed; returns their names."""

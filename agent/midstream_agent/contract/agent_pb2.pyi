@@ -366,6 +366,38 @@ class StreamCounts(_message.Message):
 Global___StreamCounts: _TypeAlias = StreamCounts  # noqa: Y015
 
 @_typing.final
+class QueueCounts(_message.Message):
+    """Bytes in both queues of each socket at the freeze."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WITH_BYTES_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    HISTOGRAM_FIELD_NUMBER: _builtins.int
+    with_bytes: _builtins.int
+    """sockets with at least one byte queued"""
+    bytes: _builtins.int
+    """all together"""
+    @_builtins.property
+    def histogram(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """sockets with 0, 1-1k, 1k-16k, 16k-256k, 256k-4M, more bytes"""
+
+    def __init__(
+        self,
+        *,
+        with_bytes: _builtins.int = ...,
+        bytes: _builtins.int = ...,
+        histogram: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "histogram", b"histogram", "with_bytes", b"with_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QueueCounts: _TypeAlias = QueueCounts  # noqa: Y015
+
+@_typing.final
 class KvCounts(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -440,6 +472,7 @@ class JobReport(_message.Message):
     SWITCHOVER_FIELD_NUMBER: _builtins.int
     UNMOVABLE_REASONS_FIELD_NUMBER: _builtins.int
     POINT_OF_NO_RETURN_MS_FIELD_NUMBER: _builtins.int
+    QUEUES_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     phase: Global___Phase.ValueType
     reason: _builtins.str
@@ -464,6 +497,8 @@ class JobReport(_message.Message):
     def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepTiming]: ...
     @_builtins.property
     def unmovable_reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def queues(self) -> Global___QueueCounts: ...
     def __init__(
         self,
         *,
@@ -483,10 +518,11 @@ class JobReport(_message.Message):
         switchover: _builtins.str = ...,
         unmovable_reasons: _abc.Iterable[_builtins.str] | None = ...,
         point_of_no_return_ms: _builtins.float = ...,
+        queues: Global___QueueCounts | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["kv", b"kv", "streams", b"streams"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kv", b"kv", "queues", b"queues", "streams", b"streams"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_bytes", b"checkpoint_bytes", "checkpoint_us", b"checkpoint_us", "hold_ms", b"hold_ms", "job_id", b"job_id", "kv", b"kv", "message", b"message", "phase", b"phase", "point_of_no_return_ms", b"point_of_no_return_ms", "reason", b"reason", "restore_us", b"restore_us", "source_node", b"source_node", "steps", b"steps", "streams", b"streams", "switchover", b"switchover", "target_node", b"target_node", "unmovable_reasons", b"unmovable_reasons"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_bytes", b"checkpoint_bytes", "checkpoint_us", b"checkpoint_us", "hold_ms", b"hold_ms", "job_id", b"job_id", "kv", b"kv", "message", b"message", "phase", b"phase", "point_of_no_return_ms", b"point_of_no_return_ms", "queues", b"queues", "reason", b"reason", "restore_us", b"restore_us", "source_node", b"source_node", "steps", b"steps", "streams", b"streams", "switchover", b"switchover", "target_node", b"target_node", "unmovable_reasons", b"unmovable_reasons"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,28 @@
+"""Worlds for the net tests: built once a session, one for each MTU; what they made goes away with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from midstream_testbed.fleet import Fleet
+from midstream_testbed.vpc import Vpc
+from world import World
+
+
+def _world(folder: Path, mtu: int) -> Iterator[World]:
+    with Vpc.create(mtu=mtu) as vpc, Fleet(vpc, folder) as fleet:
+        yield World.build(vpc, fleet)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """Jumbo frames on every link, as inside a VPC."""
+    yield from _world(tmp_path_factory.mktemp("world9001"), 9001)
+
+
+@pytest.fixture(scope="session")
+def small_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """MTU 1500 on every link."""
+    yield from _world(tmp_path_factory.mktemp("world1500"), 1500)
