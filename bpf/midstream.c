@@ -5,7 +5,7 @@
  */
 #include "ms_hold.h"
 
-/* Ingress of the pod's eth0: everything that reaches the pod ends here, from whatever side it came. */
+/* Ingress of the pod's eth0: all that reaches the pod ends here, whatever side it came from. */
 int ms_hold_ingress(struct __sk_buff *skb)
 {
 	return ms_work(skb, MS_INGRESS);

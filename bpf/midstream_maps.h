@@ -53,8 +53,8 @@ enum ms_flow_state {
 
 /* IPv4 addresses are v4-mapped (::ffff:a.b.c.d), whatever the socket's family. */
 struct ms_flow_key {
-	__u8 local[16];     /* the floating IP */
-	__u8 remote[16];    /* the client */
+	__u8 local[16];  /* the floating IP */
+	__u8 remote[16]; /* the client */
 	__be16 local_port;
 	__be16 remote_port;
 };
@@ -75,12 +75,12 @@ struct ms_flow_ctl {
 
 #define MS_NOTE_DATA_MAX 2048
 
-#define MS_NOTE_SEG (1u << 0)  /* seq .. flags_tcp describe the client's newest segment */
-#define MS_NOTE_DATA (1u << 1) /* data[0..data_len) starts at data_seq */
-#define MS_NOTE_RST (1u << 2)  /* the client reset the connection (at rcv_nxt) */
-#define MS_NOTE_FIN (1u << 3)  /* the client's FIN was seen at the end of what is kept */
-#define MS_NOTE_TS (1u << 4)   /* tsval/tsecr are valid */
-#define MS_NOTE_RST_SEEN (1u << 5) /* an RST came while FROZEN, at rst_seq: valid if that is rcv_nxt */
+#define MS_NOTE_SEG (1u << 0)      /* seq .. flags_tcp describe the client's newest segment */
+#define MS_NOTE_DATA (1u << 1)     /* data[0..data_len) starts at data_seq */
+#define MS_NOTE_RST (1u << 2)      /* the client reset the connection (at rcv_nxt) */
+#define MS_NOTE_FIN (1u << 3)      /* the client's FIN was seen at the end of what is kept */
+#define MS_NOTE_TS (1u << 4)       /* tsval/tsecr are valid */
+#define MS_NOTE_RST_SEEN (1u << 5) /* RST while FROZEN: valid if rst_seq is rcv_nxt */
 
 /*
  * What the hold keeps of an absorbed client. "Newest" is by ack, then TSval,
@@ -98,11 +98,11 @@ struct ms_flow_ctl {
  * newest may be a probe at an old seq. Play with seq = rcv_nxt.
  */
 struct ms_flow_note {
-	__u32 version; /* even: stable; odd: BPF is writing. Reader retries until equal in two reads. */
+	__u32 version; /* even: stable; odd: BPF is writing; good when two reads agree */
 	__u32 flags;   /* MS_NOTE_* */
 	__u32 seq;
 	__u32 ack;
-	__u32 window;  /* the 16-bit field as it was on the wire, not scaled */
+	__u32 window; /* the 16-bit field as it was on the wire, not scaled */
 	__u32 tsval;
 	__u32 tsecr;
 	__u32 data_seq;
@@ -129,7 +129,7 @@ struct ms_addr_ctl {
 
 /* Every drop and every answer has a reason here; index into ms_counters. */
 enum ms_reason {
-	MS_R_PASS_UNKNOWN = 0,  /* no entry: passed untouched */
+	MS_R_PASS_UNKNOWN = 0, /* no entry: passed untouched */
 	MS_R_ABSORB_FROZEN = 1,
 	MS_R_ABSORB_HELD = 2,
 	MS_R_ANSWER_ZERO_WINDOW = 3,
@@ -138,7 +138,7 @@ enum ms_reason {
 	MS_R_MOVED_DROP = 6,
 	MS_R_SYN_LEAVING = 7,
 	MS_R_DEAD_DROP = 8,
-	MS_R_MALFORMED = 9, /* a segment of a held flow that cannot be parsed: absorbed */
+	MS_R_MALFORMED = 9,  /* a segment of a held flow that cannot be parsed: absorbed */
 	MS_R_NOTE_BUSY = 10, /* another CPU was writing the note: not kept */
 	MS_R_ANSWER_FAILED = 11,
 	MS_R_FRAGMENT = 12,     /* first fragment of a held flow: absorbed, not noted */

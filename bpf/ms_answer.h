@@ -98,29 +98,29 @@ MS_INLINE u16 ms_fold(u32 sum)
 	return sum;
 }
 
-/* Writes the L3 header; returns its sum (0 for IPv4: it carries a checksum), or a negative error. */
+/* Writes the L3 header; returns its sum (IPv4: 0, it carries a checksum), or an error. */
 MS_INLINE s64 ms_write_l3(struct __sk_buff *skb, const struct ms_pkt *p, u32 tcp_size)
 {
 	if (p->proto == ETH_P_IP) {
 		struct iphdr ip = {
-			.version = 4,
-			.ihl = 5,
-			.tot_len = bpf_htons(sizeof(ip) + tcp_size),
-			.frag_off = bpf_htons(0x4000), /* don't fragment */
-			.ttl = MS_TTL,
-			.protocol = IPPROTO_TCP,
-			.saddr = ((u32 *)p->key.local)[3],
-			.daddr = ((u32 *)p->key.remote)[3],
+		    .version = 4,
+		    .ihl = 5,
+		    .tot_len = bpf_htons(sizeof(ip) + tcp_size),
+		    .frag_off = bpf_htons(0x4000), /* don't fragment */
+		    .ttl = MS_TTL,
+		    .protocol = IPPROTO_TCP,
+		    .saddr = ((u32 *)p->key.local)[3],
+		    .daddr = ((u32 *)p->key.remote)[3],
 		};
 
 		ip.check = ~ms_fold(bpf_csum_diff(0, 0, (void *)&ip, sizeof(ip), 0));
 		return bpf_skb_store_bytes(skb, p->l3, &ip, sizeof(ip), 0);
 	} else {
 		struct ipv6hdr ip = {
-			.version = 6,
-			.payload_len = bpf_htons(tcp_size),
-			.nexthdr = IPPROTO_TCP,
-			.hop_limit = MS_TTL,
+		    .version = 6,
+		    .payload_len = bpf_htons(tcp_size),
+		    .nexthdr = IPPROTO_TCP,
+		    .hop_limit = MS_TTL,
 		};
 		s64 err;
 
@@ -145,7 +145,7 @@ MS_INLINE int ms_swap_macs(struct __sk_buff *skb)
 /* bcc 0.26 declares it to return int, which makes half of all sums look like errors. */
 static s64 (*ms_csum_update)(struct __sk_buff *skb, u32 sum) = (void *)BPF_FUNC_csum_update;
 
-/* CHECKSUM_COMPLETE: skb->csum is the sum from the L3 header on; with a right checksum that is l3 - pseudo. */
+/* CHECKSUM_COMPLETE: skb->csum is the sum from L3 on; with a right checksum that is l3 - pseudo. */
 MS_INLINE void ms_fix_complete(struct __sk_buff *skb, u32 l3_sum, u32 pseudo)
 {
 	s64 now = ms_csum_update(skb, 0); /* negative: not COMPLETE */

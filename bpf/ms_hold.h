@@ -96,7 +96,7 @@ MS_INLINE int ms_stranger(struct __sk_buff *skb, const struct ms_pkt *p)
 	return ms_pass(MS_R_PASS_UNKNOWN);
 }
 
-/* The mark alone proves nothing (CAP_NET_RAW may set it): only an answer as the hold makes it leaves. */
+/* The mark proves nothing (CAP_NET_RAW may set it): only an answer as the hold makes it leaves. */
 MS_INLINE int ms_is_answer(struct __sk_buff *skb, struct ms_pkt *p, const struct ms_flow_ctl *ctl)
 {
 	return skb->mark == MS_MARK_ANSWER && ctl->state == MS_FLOW_HELD && !ms_parse_tcp(skb, p) &&

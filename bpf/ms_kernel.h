@@ -26,7 +26,7 @@
 
 #define MS_INLINE static inline __attribute__((always_inline))
 
-/* "Passes" lets the next filter of the chain decide; TC_ACT_OK would hide foreign filters behind us. */
+/* Lets the next filter of the chain decide; TC_ACT_OK would end it before foreign filters. */
 #define MS_PASS TC_ACT_UNSPEC
 /*
  * SHOT and not STOLEN, also at egress: the socket learns that nothing left, and
@@ -36,12 +36,15 @@
 
 _Static_assert(sizeof(struct ms_flow_key) == MS_SIZE_KEY, "ms_flow_key: loader and header differ");
 _Static_assert(sizeof(struct ms_flow_ctl) == MS_SIZE_CTL, "ms_flow_ctl: loader and header differ");
-_Static_assert(sizeof(struct ms_flow_note) == MS_SIZE_NOTE, "ms_flow_note: loader and header differ");
-_Static_assert(sizeof(struct ms_addr_key) == MS_SIZE_ADDR_KEY, "ms_addr_key: loader and header differ");
-_Static_assert(sizeof(struct ms_addr_ctl) == MS_SIZE_ADDR_CTL, "ms_addr_ctl: loader and header differ");
+_Static_assert(sizeof(struct ms_flow_note) == MS_SIZE_NOTE,
+	       "ms_flow_note: loader and header differ");
+_Static_assert(sizeof(struct ms_addr_key) == MS_SIZE_ADDR_KEY,
+	       "ms_addr_key: loader and header differ");
+_Static_assert(sizeof(struct ms_addr_ctl) == MS_SIZE_ADDR_CTL,
+	       "ms_addr_ctl: loader and header differ");
 _Static_assert(MS_R_MAX <= MS_COUNTERS_MAX, "ms_counters has no room for every reason");
 
-/* Keeps clang from reasoning about `x` across this point, so that the verifier sees the next check. */
+/* Keeps clang from reasoning about `x` across this point: the verifier must see the check. */
 #define ms_opaque(x) asm volatile("" : "+r"(x))
 
 MS_INLINE void *ms_lookup(u64 map_fd, const void *key)

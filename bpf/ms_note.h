@@ -73,7 +73,7 @@ MS_INLINE u32 ms_note_segment(struct ms_flow_note *note, u32 flags, const struct
 	return flags | MS_NOTE_SEG | MS_NOTE_TS;
 }
 
-/* Keeps `len` bytes of payload from `skip` on, which is `seq` in the stream; `fin` follows the last of them. */
+/* Keeps the payload without its first `skip` bytes; `fin`: the FIN follows the last of them. */
 MS_INLINE u32 ms_note_store(struct __sk_buff *skb, struct ms_flow_note *note, u32 flags,
 			    const struct ms_pkt *p, u32 skip, u32 fin)
 {
@@ -99,7 +99,7 @@ MS_INLINE u32 ms_note_store(struct __sk_buff *skb, struct ms_flow_note *note, u3
 	return fin ? flags | MS_NOTE_FIN : flags;
 }
 
-/* FROZEN: where rcv_nxt will be is not known; the lowest seq is the best guess (see midstream_maps.h). */
+/* FROZEN: rcv_nxt is not known yet; the lowest seq is the best guess (see midstream_maps.h). */
 MS_INLINE u32 ms_note_data_frozen(struct __sk_buff *skb, struct ms_flow_note *note, u32 flags,
 				  const struct ms_pkt *p)
 {
@@ -144,7 +144,7 @@ MS_INLINE int ms_plausible(const struct ms_pkt *p, const struct ms_flow_ctl *ctl
 	       p->seq - ctl->rcv_nxt + MS_SEQ_SKEW_MAX <= 2 * MS_SEQ_SKEW_MAX;
 }
 
-/* An RST counts only at exactly rcv_nxt (RFC 5961, 3.2); before that is known its seq is remembered. */
+/* An RST counts only at exactly rcv_nxt (RFC 5961, 3.2); until that is known, keep its seq. */
 MS_INLINE u32 ms_note_reset(struct ms_flow_note *note, u32 flags, const struct ms_pkt *p,
 			    const struct ms_flow_ctl *ctl)
 {

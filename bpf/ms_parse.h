@@ -56,8 +56,8 @@ struct ms_pkt {
 };
 
 /*
- * Reads `len` bytes (constant, even) at `off`. By halfwords: a plain memcpy from the packet becomes single
- * bytes, as clang must assume any alignment; the verifier allows these where the CPU does.
+ * Reads `len` bytes (constant, even) at `off`. By halfwords: a plain memcpy from the packet becomes
+ * single bytes, as clang must assume any alignment; the verifier allows these where the CPU does.
  */
 MS_INLINE int ms_load(struct __sk_buff *skb, u32 off, void *dst, u32 len)
 {
@@ -142,7 +142,7 @@ MS_INLINE int ms_parse_v4(struct __sk_buff *skb, struct ms_pkt *p)
 	return 0;
 }
 
-/* Walks the extension headers; returns the upper protocol, or -1 if it cannot be TCP that we can match. */
+/* Walks the extension headers. -1: not TCP, or not TCP that an entry could match. */
 MS_INLINE int ms_skip_extensions(struct __sk_buff *skb, struct ms_pkt *p, u32 next)
 {
 	struct {
@@ -230,7 +230,8 @@ MS_INLINE int ms_set_ts(struct __sk_buff *skb, struct ms_pkt *p, u32 off)
 	return 0;
 }
 
-/* Finds the timestamp option. Every stack we know puts it first behind two NOPs; the loop is for the others. */
+/* Finds the timestamp option. Usual stacks put it first, behind two NOPs; the loop is for others.
+ */
 MS_INLINE int ms_parse_options(struct __sk_buff *skb, struct ms_pkt *p)
 {
 	u32 off = p->l4 + sizeof(struct tcphdr);

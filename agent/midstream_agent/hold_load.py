@@ -125,8 +125,8 @@ def find_headers() -> Headers:
         raise Final(
             "no_kernel_headers",
             f"no kernel headers: neither {own}/build (this kernel's own) nor any linux-headers-*-common with "
-            f"its flavour under {USR_SRC}. Any version will do: apt install linux-headers-{_debian_arch()}, or "
-            "set BCC_KERNEL_SOURCE",
+            f"its flavour under {USR_SRC}. Any version will do: apt install linux-headers-{_debian_arch()} "
+            "or set BCC_KERNEL_SOURCE",
         )
     return found[-1]
 
@@ -239,7 +239,7 @@ def compile_programs(
         raise Final(
             "bpf_build_failed",
             f"bcc cannot build the programs ({e}); headers: {headers.source or 'those of this kernel'}. What "
-            "the compiler or the verifier said is above; kernels before 5.12 lack the atomics that notes need",
+            "the compiler or the verifier said is above; kernels before 5.12 lack the atomics of notes",
         ) from e
 
 

@@ -1,7 +1,7 @@
 """Three namespaces for live tests: client -- node (a router) -- pod, made and removed by the test.
 
-One process uses sockets in all of them: a socket belongs to the namespace in which its thread was when it made
-it, so nothing has to be started inside.
+One process uses sockets in all of them: a socket belongs to the namespace in which its thread was when it
+made it, so nothing has to be started inside.
 """
 
 from __future__ import annotations
@@ -85,12 +85,26 @@ class Net:
         for who, device in (("client", "eth0"), ("pod", "eni0")):
             router = self._mac("node", device)
             for gateway in ("169.254.1.1", "fe80::1"):
-                self.exec(who, "ip", "neigh", "add", gateway, "lladdr", router, "dev", "eth0", "nud", "permanent")
+                self.exec(
+                    who, "ip", "neigh", "add", gateway, "lladdr", router, "dev", "eth0", "nud", "permanent"
+                )
                 default = "default" if "." in gateway else "::/0"
                 self.exec(who, "ip", "route", "add", default, "via", gateway, "dev", "eth0", "onlink")
             for address in {"client": (CLIENT4, CLIENT6), "pod": (FIP4, FIP6)}[who]:
                 self.exec("node", "ip", "route", "add", address, "dev", device)
-                self.exec("node", "ip", "neigh", "add", address, "lladdr", macs[who], "dev", device, "nud", "permanent")
+                self.exec(
+                    "node",
+                    "ip",
+                    "neigh",
+                    "add",
+                    address,
+                    "lladdr",
+                    macs[who],
+                    "dev",
+                    device,
+                    "nud",
+                    "permanent",
+                )
 
     def _mac(self, who: str, device: str) -> str:
         with self.inside(who):
@@ -121,7 +135,9 @@ class Net:
         """One of the kernel's TCP counters."""
         with self.inside(who):
             # of the thread: /proc/net is the process's first thread's
-            lines = "".join(Path("/proc/thread-self/net", f).read_text() for f in ("snmp", "netstat")).splitlines()
+            lines = "".join(
+                Path("/proc/thread-self/net", f).read_text() for f in ("snmp", "netstat")
+            ).splitlines()
         for names, values in zip(lines[::2], lines[1::2], strict=True):
             table = dict(zip(names.split()[1:], values.split()[1:], strict=True))
             if name in table and names.split()[0] in ("Tcp:", "TcpExt:"):

@@ -17,7 +17,7 @@ def ones_sum(data: bytes) -> int:
     total = sum(struct.unpack(f"!{len(data) // 2}H", data))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
-    return total
+    return int(total)
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,16 @@ class Packet:
         doff = self.raw_doff if self.raw_doff is not None else 5 + len(options) // 4
         flags = sum(FLAGS[f] for f in self.flags)
         header = struct.pack(
-            "!HHIIBBHHH", self.sport, self.dport, self.seq % 2**32, self.ack % 2**32, doff << 4, flags, self.window, 0, 0
+            "!HHIIBBHHH",
+            self.sport,
+            self.dport,
+            self.seq % 2**32,
+            self.ack % 2**32,
+            doff << 4,
+            flags,
+            self.window,
+            0,
+            0,
         )
         segment = header + options + self.payload
         pseudo = ipaddress.ip_address(self.src).packed + ipaddress.ip_address(self.dst).packed
@@ -92,12 +101,12 @@ class Packet:
         head = struct.pack("!IHBB", 6 << 28, total, types[0], self.ttl)
         return head + ipaddress.ip_address(self.src).packed + ipaddress.ip_address(self.dst).packed + body
 
-    def bytes(self) -> bytes:
+    def frame(self) -> bytes:
         ethertype = struct.pack("!H", 0x86DD if self.v6 else 0x0800)
         tags = b"".join(struct.pack("!HH", *tag) for tag in self.vlan)
         l3 = self.l3 if self.l3 is not None else self.ip6() if self.v6 else self.ip4()
-        frame = self.macs + tags + ethertype + l3 + self.padding
-        return frame if self.truncate is None else frame[: self.truncate]
+        data = self.macs + tags + ethertype + l3 + self.padding
+        return data if self.truncate is None else data[: self.truncate]
 
     def key(self) -> bytes:
         """struct ms_flow_key of a packet that comes in."""
@@ -113,8 +122,8 @@ def reply_to(p: Packet, seq: int, ack: int, tsval: int | None, **changes: object
     """The answer that the hold should make of a packet."""
     ts = None if tsval is None else (tsval, p.ts[0] if p.ts else 0)
     return Packet(
-        src=p.dst, dst=p.src, sport=p.dport, dport=p.sport, seq=seq, ack=ack, flags="A", window=0, ts=ts, ttl=64,
-        ident=0, macs=p.macs[6:] + p.macs[:6], vlan=p.vlan,
+        src=p.dst, dst=p.src, sport=p.dport, dport=p.sport, seq=seq, ack=ack, flags="A", window=0, ts=ts,
+        ttl=64, ident=0, macs=p.macs[6:] + p.macs[:6], vlan=p.vlan,
     ).but(**changes)  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,9 @@ FOREIGN_KIND = ("u32", "match", "u32", "0", "0")
 
 
 def inside(*argv: str) -> str:
-    return subprocess.run(["nsenter", f"--net={PATH}", *argv], check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        ["nsenter", f"--net={PATH}", *argv], check=True, capture_output=True, text=True
+    ).stdout
 
 
 def tc_filter(side: str, prio: int, *what: str, protocol: str = "all") -> None:
@@ -109,7 +112,9 @@ def test_foreign_filter_behind_the_hold_still_runs(hold: Hold) -> None:
         inside("ping", "-c1", "-W1", "127.0.0.1")
 
 
-@pytest.mark.parametrize("what, protocol", [(FOREIGN_KIND, "all"), (FOREIGN_OK, "ip")], ids=["kind", "protocol"])
+@pytest.mark.parametrize(
+    "what, protocol", [(FOREIGN_KIND, "all"), (FOREIGN_OK, "ip")], ids=["kind", "protocol"]
+)
 def test_priority_taken_by_another_kind_or_protocol(hold: Hold, what: tuple[str, ...], protocol: str) -> None:
     inside("tc", "qdisc", "add", "dev", "lo", "clsact")
     for side in ("ingress", "egress"):
@@ -147,9 +152,7 @@ def test_thread_is_back_in_its_namespace_also_after_a_failure(hold: Hold) -> Non
     home = os.readlink("/proc/thread-self/ns/net")
     fds = len(os.listdir("/proc/self/fd"))
     for interface in ("lo", "eth7"):
-        try:
+        with suppress(Final):
             hold.attach(PATH, interface, "pod")
-        except Final:
-            pass
         assert os.readlink("/proc/thread-self/ns/net") == home
     assert len(os.listdir("/proc/self/fd")) == fds

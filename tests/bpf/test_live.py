@@ -106,7 +106,9 @@ def receive_all(sock: socket.socket, size: int) -> bytes:
 @pytest.mark.parametrize("off", ["", "tx", "gso"])
 @pytest.mark.parametrize("v6", [False, True], ids=["v4", "v6"])
 @pytest.mark.parametrize("role", ["pod", "nic"])
-def test_client_takes_the_zero_window_and_goes_on_afterwards(hold: Hold, net: Net, role: str, v6: bool, off: str) -> None:
+def test_client_takes_the_zero_window_and_goes_on_afterwards(
+    hold: Hold, net: Net, role: str, v6: bool, off: str
+) -> None:
     with offload_off(net, off), attached(hold, net, role):
         client, server = net.connect(v6)
         with client, server, net.sniff("client") as sniffer:
@@ -127,6 +129,26 @@ def test_client_takes_the_zero_window_and_goes_on_afterwards(hold: Hold, net: Ne
             assert upload.startswith(note[12][: note[8]])
             held.thaw()
             assert receive_all(server, len(upload)) == upload
+
+
+def test_full_checksum_on_a_partial_packet_is_seen_by_this_setup(
+    loader: Callable[..., Path], broken: Callable[[str, str, str], Path], net: Net
+) -> None:
+    """Control: a hold that writes the plain checksum, which the software checksum of the node uncovers."""
+    sources = broken("ms_answer.h", "pseudo, BPF_F_PSEUDO_HDR)", "pseudo, 0)")
+    with (
+        Hold.open(loader("--sources", str(sources))) as hold,
+        offload_off(net, "tx"),
+        attached(hold, net, "pod"),
+    ):
+        client, server = net.connect()
+        with client, server:
+            bad = net.counter("client", "InCsumErrors")
+            held = Held(hold, client, server)
+            client.send(b"x")
+            while net.counter("client", "InCsumErrors") == bad:
+                pass
+            held.thaw()
 
 
 def test_wrong_checksums_are_seen_by_this_setup(hold: Hold, net: Net) -> None:
@@ -190,7 +212,7 @@ def test_reset_ends_the_answers_and_a_reused_tuple_stays_unanswered(hold: Hold, 
 
 
 def test_without_the_hold_the_client_is_reset(loader: Callable[..., Path], net: Net) -> None:
-    """Control: the build with the hold left out, where a socket in repair is closed: the next segment draws an RST."""
+    """Control: the build with the hold left out: the next segment after a silent close draws an RST."""
     with Hold.open(loader("--without-hold")) as hold, attached(hold, net, "pod"):
         client, server = net.connect()
         with client:

@@ -93,8 +93,8 @@ def test_bpffs_is_mounted_where_there_is_none() -> None:
     )
     path = os.pathsep.join([str(ROOT / "agent"), str(ROOT / "runtime")])
     done = subprocess.run(
-        ["unshare", "-m", "sh", "-c", script], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True,
-        check=True,
+        ["unshare", "-m", "sh", "-c", script], env={**os.environ, "PYTHONPATH": path}, capture_output=True,
+        text=True, check=True,
     )  # fmt: skip
     assert done.stdout.strip() == "cafe4a11"
 
@@ -112,7 +112,9 @@ def test_no_capability_is_said_by_name(tmp_path: Path, bpffs: Path) -> None:
     assert "CAP_BPF" in message
 
 
-def test_headers_of_the_environment_are_taken(loader: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_headers_of_the_environment_are_taken(
+    loader: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     headers = hold_load.find_headers()
     if headers.source is None:
         pytest.skip("the running kernel has headers of its own")

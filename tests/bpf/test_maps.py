@@ -22,6 +22,7 @@ from midstream_agent.hold_layout import (
     NOTE,
     NOTE_DATA,
 )
+from midstream_runtime.contract.errors import Retryable
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -141,28 +142,32 @@ def test_a_note_that_never_comes_to_rest_is_an_error(hold: Hold, monkeypatch: py
     monkeypatch.setattr(hold_module, "READ_TRIES", 5)
     key = random_keys(1)
     hold._notes.update(key, note(1, version=3))
-    with pytest.raises(hold_module.Retryable, match="note_busy"):
+    with pytest.raises(Retryable, match="note_busy"):
         hold.read_notes(key, 1)
 
 
-def writer(run: Callable[..., TestRun], packets: list[bytes], done: threading.Event, repeat: int = 500) -> None:
+def writer(
+    run: Callable[..., TestRun], packets: list[bytes], done: threading.Event, repeat: int = 500
+) -> None:
     while not done.is_set():
         for packet in packets:
             run("ms_hold_ingress", packet, repeat=repeat)
 
 
-def test_notes_written_by_several_cpus_are_never_torn(hold: Hold, run_program: Callable[..., TestRun]) -> None:
-    """Segments whose window equals their TSecr; whatever is read must be one of them, and none may be lost count of."""
+def test_notes_written_by_several_cpus_are_never_torn(
+    hold: Hold, run_program: Callable[..., TestRun]
+) -> None:
+    """Segments whose window equals their TSecr; what is read must be one of them, and all are counted."""
     base = Packet(payload=b"")
     hold.create_notes(base.key(), 1)
     hold.set_flows(base.key(), CTL.pack(FLOW_HELD, 1, 5000, 1000, 777, 0, 0, 0), 1)
     before = hold.counters()
     done = threading.Event()
-    sets = [[base.but(window=w, ts=(100, w)).bytes() for w in range(k * 100, k * 100 + 3)] for k in (1, 2)]
+    sets = [[base.but(window=w, ts=(100, w)).frame() for w in range(k * 100, k * 100 + 3)] for k in (1, 2)]
     threads = [threading.Thread(target=writer, args=(run_program, packets, done)) for packets in sets]
     for thread in threads:
         thread.start()
-    seen = set()
+    seen: set[int] = set()
     try:
         while len(seen) < 4 or hold.counters()["absorb_held"] < before["absorb_held"] + 300_000:
             fields = NOTE.unpack(hold.read_notes(base.key(), 1))
@@ -188,12 +193,12 @@ def test_data_of_a_note_is_never_torn(hold: Hold, run_program: Callable[..., Tes
 
     def write() -> None:
         for seq in range(2_000_000_000, 1_999_990_000, -1):
-            run_program("ms_hold_ingress", Packet(seq=seq, payload=bytes([seq & 255]) * 2048).bytes())
+            run_program("ms_hold_ingress", Packet(seq=seq, payload=bytes([seq & 255]) * 2048).frame())
         done.set()
 
     thread = threading.Thread(target=write)
     thread.start()
-    seen = set()
+    seen: set[int] = set()
     while not done.is_set():
         fields = NOTE.unpack(hold.read_notes(key, 1))
         if fields[1] & NOTE_DATA:

@@ -95,7 +95,7 @@ def egress(p: Packet) -> Packet:
 
 
 # MSS, SACK permitted, timestamps, NOP, window scale: as Linux sends them
-SYN_OPTIONS = bytes.fromhex("020405b4" "0402080a0000006400000000" "01030307")
+SYN_OPTIONS = bytes.fromhex("020405b40402080a000000640000000001030307")
 SACK = b"\x05\x0a" + bytes(8)
 PROBE = V4.but(seq=RCV_NXT - 1)
 DATA_FIN = DATA.but(flags="FPA")
@@ -320,11 +320,11 @@ def prepare(hold: Hold, row: Row, run: Callable[..., TestRun]) -> None:
     if row.frozen_before:
         hold.set_flows(key, CTL.pack(FLOW_FROZEN, *[0] * 7), 1)
         for packet in row.frozen_before:
-            run(row.program, packet.bytes())
+            run(row.program, packet.frame())
     if row.flow:
         hold.set_flows(key, ctl_of(row, row.state), 1)
     for packet in row.before:
-        run(row.program, packet.bytes())
+        run(row.program, packet.frame())
 
 
 def check_note(raw: bytes, expected: Mapping[str, object]) -> None:
@@ -340,7 +340,7 @@ def check_note(raw: bytes, expected: Mapping[str, object]) -> None:
 def check_row(row: Row, hold: Hold, run_program: Callable[..., TestRun], flags: int = 0) -> None:
     counters = hold.counters()
     prepare(hold, row, run_program)
-    packet = row.packet.bytes()
+    packet = row.packet.frame()
     segs = -(-len(row.packet.payload) // row.gso_size) if row.gso_size else 0
     ctx = sk_buff(mark=row.mark, gso_size=row.gso_size, gso_segs=segs)
     result = run_program(row.program, packet, ctx, flags=flags)
@@ -349,7 +349,7 @@ def check_row(row: Row, hold: Hold, run_program: Callable[..., TestRun], flags: 
     changed = {k: n - counters[k] for k, n in hold.counters().items() if n != counters[k]}
     assert changed == row.counters
     if row.out is not None:
-        assert result.data.hex(" ") == row.out.bytes().hex(" ")
+        assert result.data.hex(" ") == row.out.frame().hex(" ")
         assert mark_of(result.ctx) == MARK_ANSWER
     elif row.verdict == PASS:
         assert result.data == packet
@@ -378,7 +378,9 @@ SAME_LENGTH = [
 
 
 @pytest.mark.parametrize("row", SAME_LENGTH, ids=lambda r: r.name.replace(" ", "-"))
-def test_answer_keeps_the_sum_of_a_nic_right(row: Row, hold: Hold, run_program: Callable[..., TestRun]) -> None:
+def test_answer_keeps_the_sum_of_a_nic_right(
+    row: Row, hold: Hold, run_program: Callable[..., TestRun]
+) -> None:
     """CHECKSUM_COMPLETE: the kernel compares skb->csum with the packet that comes out (EBADMSG)."""
     try:
         check_row(row, hold, run_program, flags=TEST_SKB_CHECKSUM_COMPLETE)
@@ -424,8 +426,14 @@ def test_table_sees_a_fault(fault: str, loader: Callable[..., Path], broken: Cal
     file, old, new, row = FAULTS[fault]
     bpffs = loader("--sources", str(broken(file, old, new)))
     with Hold.open(bpffs) as hold:
-        check_row(row_named("data at rcv_nxt" if row != "data at rcv_nxt" else "FIN at rcv_nxt"), hold, runner(bpffs))
+        check_row(
+            row_named("data at rcv_nxt" if row != "data at rcv_nxt" else "FIN at rcv_nxt"),
+            hold,
+            runner(bpffs),
+        )
         clear(hold)
         # DROP where an answer was due, an answer where silence was, another packet out or another note
         with pytest.raises((AssertionError, OSError)):
-            check_row(row_named(row), hold, runner(bpffs), TEST_SKB_CHECKSUM_COMPLETE if row == "IPv6 probe" else 0)
+            check_row(
+                row_named(row), hold, runner(bpffs), TEST_SKB_CHECKSUM_COMPLETE if row == "IPv6 probe" else 0
+            )

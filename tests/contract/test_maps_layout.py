@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 import subprocess
 from pathlib import Path
 
@@ -49,10 +50,12 @@ def c_values(folder: Path, expressions: list[str]) -> list[int]:
     lines = "".join(f'printf("%ld\\n", (long)({e}));' for e in expressions)
     source = folder / "layout.c"
     source.write_text(
-        f'#include <stddef.h>\n#include <stdio.h>\n#include "{HEADER}"\nint main(void) {{ {lines} return 0; }}\n'
+        f'#include <stddef.h>\n#include <stdio.h>\n#include "{HEADER}"\nint main(void) {{ {lines} }}\n'
     )
     subprocess.run(["gcc", "-Wall", "-Werror", "-o", folder / "layout", source], check=True)
-    return [int(n) for n in subprocess.run([folder / "layout"], check=True, capture_output=True).stdout.split()]
+    return [
+        int(n) for n in subprocess.run([folder / "layout"], check=True, capture_output=True).stdout.split()
+    ]
 
 
 @pytest.mark.parametrize("name", STRUCTS)
@@ -61,8 +64,10 @@ def test_struct_has_the_same_bytes(name: str, tmp_path: Path) -> None:
     expressions = [f"offsetof(struct {name}, {m})" for m in members.split()]
     size, *offsets = c_values(tmp_path, [f"sizeof(struct {name})", *expressions])
     assert python.size == size
-    formats = re.findall(r"\d*[a-zA-Z]", python.format.replace("12I", "I" * 12).replace("8I", "I" * 8).replace("4I", "I" * 4))
-    at = [layout.struct.calcsize("=" + "".join(formats[:i])) for i in range(len(formats))]
+    formats = re.findall(
+        r"\d*[a-zA-Z]", python.format.replace("12I", "I" * 12).replace("8I", "I" * 8).replace("4I", "I" * 4)
+    )
+    at = [struct.calcsize("=" + "".join(formats[:i])) for i in range(len(formats))]
     assert at == offsets
 
 

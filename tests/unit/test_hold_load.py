@@ -35,7 +35,9 @@ def debian(usr_src: Path, version: str) -> Path:
 
 
 def test_missing_headers_are_named_with_the_package_to_install(no_headers: Path) -> None:
-    with pytest.raises(Final, match=rf"(?s)no_kernel_headers.*apt install linux-headers-{ARCH}.*BCC_KERNEL_SOURCE"):
+    with pytest.raises(
+        Final, match=rf"(?s)no_kernel_headers.*apt install linux-headers-{ARCH}.*BCC_KERNEL_SOURCE"
+    ):
         hold_load.find_headers()
 
 
@@ -59,7 +61,9 @@ def test_own_headers_of_the_kernel_are_left_to_bcc(no_headers: Path) -> None:
     assert hold_load.find_headers() == hold_load.Headers(None)
 
 
-def test_environment_wins_and_is_checked(no_headers: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_environment_wins_and_is_checked(
+    no_headers: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     debian(no_headers, "6.1.0-56")
     monkeypatch.setenv("BCC_KERNEL_SOURCE", str(tmp_path / "nowhere"))
     with pytest.raises(Final, match=r"BCC_KERNEL_SOURCE is .*nowhere"):
@@ -69,10 +73,12 @@ def test_environment_wins_and_is_checked(no_headers: Path, monkeypatch: pytest.M
     assert hold_load.find_headers() == hold_load.Headers(tmp_path / "tree")
 
 
-def test_missing_bcc_is_named_with_the_package_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_bcc_is_named_with_the_package_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(hold_load, "DEBIAN_BCC", tmp_path / "bcc")
-    with pytest.raises(Final, match="no_bcc: .*apt install python3-bpfcc"):
+    with pytest.raises(Final, match=r"no_bcc: .*apt install python3-bpfcc"):
         hold_load.import_bcc()
 
 
@@ -87,7 +93,9 @@ def test_only_the_one_package_of_debian_becomes_importable(tmp_path: Path) -> No
         f"hold_load.DEBIAN_BCC = Path({str(tmp_path / 'bcc')!r}); hold_load.import_bcc()\n"
         "print('bcc.part' in sys.modules, importlib.util.find_spec('other'))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment())
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment()
+    )
     assert done.stdout.split() == ["True", "None"]
 
 
