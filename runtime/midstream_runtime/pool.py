@@ -20,6 +20,8 @@ from midstream_runtime.contract.pool import (
     ENTRY,
     ENTRY_BYTES,
     HEADER_BYTES,
+    SEQUENCE,
+    STATE_OFFSET,
     PoolLayout,
     PoolView,
     SlotState,
@@ -34,8 +36,8 @@ _NO_HASH, _NO_CHECKSUM = bytes(32), bytes(16)
 
 
 class KvPool:
-    """Slots of one memfd. Slot numbers are handed out oldest freed first, so late readers meet their own
-    epoch longest."""
+    """Slots of one memfd, handed out oldest freed first: a late reader finds its slot untouched for
+    longest."""
 
     def __init__(self, layout: PoolLayout, *, populate: bool = True) -> None:
         """Raises OSError when the memory is not there. `populate`: take all pages now instead of in the
@@ -73,18 +75,12 @@ class KvPool:
 
     def allocate(self, count: int) -> list[int]:
         """Zeroed OPEN slots, or Retryable('pool_full') and none."""
-        slots = self._take(count)
-        for slot in slots:
-            self._slots[slot].zero_()
-            self._write(slot, SlotState.OPEN, 0)
-        return slots
+        return self._take(count, SlotState.OPEN)
 
     def reserve(self, count: int) -> list[int]:
-        """Slots whose data an agent writes until `adopt` or `release`."""
-        slots = self._take(count)
+        """Slots whose data an agent writes until `adopt` or `release`; Retryable('pool_full') and none."""
+        slots = self._take(count, SlotState.RESERVED)
         self._reserved.update(slots)
-        for slot in slots:
-            self._write(slot, SlotState.RESERVED, 0)
         return slots
 
     def adopt(self, slots: Sequence[int]) -> None:
@@ -92,18 +88,23 @@ class KvPool:
         if len(set(slots)) != len(slots) or not self._reserved.issuperset(slots):
             raise Final(
                 "kv_not_reserved",
-                f"KV slots {list(slots)[:8]} were not reserved: reserve slots, fill, then resume",
+                f"KV slots {list(slots)[:8]} were not reserved: reserve slots, fill them, then resume",
             )
         self._reserved.difference_update(slots)
         for slot in slots:
-            self._write(slot, SlotState.OPEN, 0)
+            self._set_state(slot, SlotState.OPEN)
 
     def release(self, slots: Sequence[int]) -> None:
-        """Back to FREE, from any state."""
+        """Back to FREE, from any state. They are wiped here, where nobody waits, and not when they are
+        taken."""
+        if not slots:
+            return
+        self._reserved.difference_update(slots)
         for slot in slots:
-            self._reserved.discard(slot)
-            self._write(slot, SlotState.FREE, 0)
-            self._free.append(slot)
+            self._epoch[slot] += 1
+            self._write(slot, SlotState.FREE, 0, _NO_HASH, _NO_CHECKSUM)
+        self._slots.index_fill_(0, torch.tensor(slots), 0)
+        self._free.extend(slots)
 
     def release_reserved(self, slots: Sequence[int]) -> None:
         """Frees those of `slots` that are reserved; the others have an owner or are free already."""
@@ -123,7 +124,7 @@ class KvPool:
         """The memory itself lives until the last view and fd are gone."""
         os.close(self.fd)
 
-    def _take(self, count: int) -> list[int]:
+    def _take(self, count: int, state: SlotState) -> list[int]:
         if count > len(self._free):
             raise Retryable(
                 "pool_full",
@@ -131,18 +132,18 @@ class KvPool:
             )
         slots = [self._free.popleft() for _ in range(count)]
         for slot in slots:
-            self._epoch[slot] += 1
+            self._set_state(slot, state)
         return slots
 
-    def _write(
-        self, slot: int, state: SlotState, filled: int, name: bytes = _NO_HASH, digest: bytes = _NO_CHECKSUM
-    ) -> None:
+    def _set_state(self, slot: int, state: SlotState) -> None:
+        """A single byte needs no sequence lock; the entry's other fields are clear since the release."""
+        self._map[HEADER_BYTES + slot * ENTRY_BYTES + STATE_OFFSET] = state
+
+    def _write(self, slot: int, state: SlotState, filled: int, name: bytes, digest: bytes) -> None:
         """Index entry under its sequence lock: odd while it changes."""
         at = HEADER_BYTES + slot * ENTRY_BYTES
-        sequence = int.from_bytes(self._map[at : at + 4], "little")
-        self._map[at : at + 4] = ((sequence + 1) & 0xFFFFFFFF).to_bytes(4, "little")
-        after = (sequence + 2) & 0xFFFFFFFF
-        ENTRY.pack_into(
-            self._map, at, sequence + 1 & 0xFFFFFFFF, state, 0, filled, self._epoch[slot], name, digest
-        )
-        self._map[at : at + 4] = after.to_bytes(4, "little")
+        (sequence,) = SEQUENCE.unpack_from(self._map, at)
+        changing, changed = (sequence + 1) & 0xFFFFFFFF, (sequence + 2) & 0xFFFFFFFF
+        SEQUENCE.pack_into(self._map, at, changing)
+        ENTRY.pack_into(self._map, at, changing, state, 0, filled, self._epoch[slot], name, digest)
+        SEQUENCE.pack_into(self._map, at, changed)

@@ -46,9 +46,11 @@ CHECKSUM_BYTES = 16
 # block_tokens, layers, kv_heads, head_dim, reserved, dtype, hash scheme, model fingerprint (hex), pool
 # fingerprint (hex)
 HEADER = struct.Struct("<8sIIQQQIIIIIIII16s16s32s32s")
-# sequence, state, reserved, filled tokens, epoch (how often the slot was allocated), block hash, checksum
+# sequence, state, reserved, filled tokens, epoch (how often the slot was freed), block hash, checksum
 ENTRY = struct.Struct("<IBBHQ32s16s")
 ENTRY_BYTES = ENTRY.size
+SEQUENCE = struct.Struct("<I")
+STATE_OFFSET = SEQUENCE.size
 assert ENTRY_BYTES == 64
 
 
@@ -193,7 +195,7 @@ class PoolView:
         at = HEADER_BYTES + slot * ENTRY_BYTES
         while True:
             before, state, _, filled, epoch, block_hash, checksum = ENTRY.unpack_from(self.memory, at)
-            (after,) = _SEQUENCE.unpack_from(self.memory, at)
+            (after,) = SEQUENCE.unpack_from(self.memory, at)
             if before == after and before % 2 == 0:
                 return SlotInfo(state, filled, epoch, block_hash, checksum)
 
@@ -212,7 +214,6 @@ class PoolView:
         return checksum(self.slot(slot))
 
 
-_SEQUENCE = struct.Struct("<I")
 _CHECKSUM_AT = ENTRY_BYTES - CHECKSUM_BYTES
 
 

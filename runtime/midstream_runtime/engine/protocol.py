@@ -14,7 +14,7 @@ from __future__ import annotations
 import base64
 from array import array
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
 FinishReason = Literal["stop", "length", "error"]
@@ -48,7 +48,7 @@ class SamplingParams:
         return cls(**fields)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return dict(vars(self))
 
 
 class TokenEvent(NamedTuple):

@@ -16,7 +16,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--model", default="tiny", help="'tiny', or a folder with a Llama and our tokenizer.json"
     )
-    parser.add_argument("--pool-slots", type=int, default=4096, help="KV slots (%(default)s)")
+    parser.add_argument("--pool-slots", type=int, default=8192, help="KV slots (%(default)s)")
     parser.add_argument(
         "--block-tokens", type=int, default=16, choices=(16, 32), help="tokens a slot (%(default)s)"
     )

@@ -15,9 +15,9 @@ from enum import Enum
 
 import torch
 
-from midstream_runtime.contract.errors import Final, MidstreamError
+from midstream_runtime.contract.errors import Final
 from midstream_runtime.contract.pool import ROOT_HASH
-from midstream_runtime.engine.builtin.model import PagedDecoder, Work
+from midstream_runtime.engine.builtin.model import PagedDecoder, Work, integers
 from midstream_runtime.engine.builtin.sampling import PENALTY_WINDOW, Sampler, choose
 from midstream_runtime.engine.builtin.text import TextStream
 from midstream_runtime.engine.builtin.tokenizer import Tokenizer
@@ -258,35 +258,33 @@ class EngineCore:
                 break
             usable.append(block.slot)
             tokens += block.tokens
-        self.pool.release([slot for slot in named if slot not in set(usable)])
+        rest = set(named).difference(usable)
+        self.pool.release(sorted(rest))
         self.decoder.load_slots(usable)
         request.slots, request.kv_length, request.kv_tokens_used = usable, tokens, tokens
         self.totals["kv_tokens_used"] += tokens
 
     def _admit(self) -> None:
-        """In order of arrival, while a lane and all slots that an answer may need are there."""
-        promised = sum(self._blocks_to_come(request) for request in self._running.values())
+        """In order of arrival, while a lane and slots for the tokens so far are there, and one more slot for
+        each request that runs. An answer that grows beyond what is free costs the newest one its slots
+        (`_preempt`)."""
+        spare = self.pool.free_slots - len(self._running)
         while self._waiting and self._lanes:
-            needed = self._blocks_to_come(self._waiting[0])
-            alone = not self._running
-            if promised + needed > self.pool.free_slots and not alone:
+            request = self._waiting[0]
+            spare -= self._blocks(len(request.ids) + 1) - len(request.slots) + 1
+            if spare < 0 and self._running:
                 return
-            promised += needed
-            request = self._waiting.popleft()
+            self._waiting.popleft()
             self._place(request)
             self._start(request)
 
-    def _blocks_to_come(self, request: Request) -> int:
-        last = min(request.prompt_length + request.params.max_tokens, self.context)
-        return self._blocks(last) - len(request.slots)
-
     def _place(self, request: Request) -> None:
         request.lane = self._lanes.pop()
-        self._recent[request.lane] = -1
+        # A ring: the id at position i of the answer is in place i % PENALTY_WINDOW.
         newest = request.ids[-PENALTY_WINDOW:]
-        at = len(request.ids) - len(newest)
-        ring = torch.arange(at, len(request.ids)) % PENALTY_WINDOW
-        self._recent[request.lane, ring] = torch.tensor(newest)
+        turn = len(request.ids) % PENALTY_WINDOW if len(newest) == PENALTY_WINDOW else 0
+        ring = newest[len(newest) - turn :] + newest[: len(newest) - turn]
+        self._recent[request.lane] = integers(ring + [-1] * (PENALTY_WINDOW - len(ring)))
         if request.slots:
             self.decoder.set_slots(request.lane, 0, request.slots)
 
@@ -334,8 +332,7 @@ class EngineCore:
             self._unsealed[request.request_id] = request
 
     def _preempt(self, request: Request) -> None:
-        """Gives its slots to older requests; it will be computed again from its ids. Needed only after a
-        migration has brought more answers than worst-case admission would have let in."""
+        """Gives its slots to older requests; it will be computed again from its ids."""
         self.totals["preempted"] += 1
         self._running.pop(request.request_id)
         self._unsealed.pop(request.request_id, None)
@@ -410,6 +407,3 @@ class EngineCore:
 
     def _blocks(self, tokens: int) -> int:
         return -(-tokens // self._block_tokens)
-
-
-__all__ = ["CoreSettings", "EngineCore", "Event", "MidstreamError", "Phase", "Request"]

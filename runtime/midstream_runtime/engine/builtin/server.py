@@ -71,6 +71,7 @@ class EngineServer:
         self._selector = selectors.DefaultSelector()
         self._connections: dict[int, _Connection] = {}
         self._inbox: deque[tuple[_Connection, dict[str, Any], bytes]] = deque()
+        self._closed: list[_Connection] = []
         self._owner: dict[str, _Connection] = {}
         self._stopped = False
         with contextlib.suppress(FileNotFoundError):
@@ -115,6 +116,7 @@ class EngineServer:
         while not self._stopped:
             self._poll(None if self._core.idle else max(0.0, next_step - time.monotonic()))
             self._handle_inbox()
+            self._forget_closed()
             now = time.monotonic()
             if self._core.idle or now < next_step:
                 continue
@@ -180,10 +182,16 @@ class EngineServer:
             return
         self._selector.unregister(connection.sock)
         connection.sock.close()
-        self._core.drop(connection.requests)
-        self._core.pool.release_reserved(list(connection.reserved))
-        for request_id in connection.requests:
-            self._owner.pop(request_id, None)
+        self._closed.append(connection)
+
+    def _forget_closed(self) -> None:
+        """Apart from `_close`, which may happen in the middle of a step that computes these very requests."""
+        for connection in self._closed:
+            self._core.drop(connection.requests)
+            self._core.pool.release_reserved(list(connection.reserved))
+            for request_id in connection.requests:
+                self._owner.pop(request_id, None)
+        self._closed.clear()
 
     # Requests
 
