@@ -75,7 +75,7 @@ struct ms_flow_ctl {
 
 #define MS_NOTE_DATA_MAX 2048
 
-#define MS_NOTE_SEG (1u << 0)      /* seq .. flags_tcp describe the client's newest segment */
+#define MS_NOTE_SEG (1u << 0)      /* seq .. tsecr describe the client's newest segment */
 #define MS_NOTE_DATA (1u << 1)     /* data[0..data_len) starts at data_seq */
 #define MS_NOTE_RST (1u << 2)      /* the client reset the connection (at rcv_nxt) */
 #define MS_NOTE_FIN (1u << 3)      /* the client's FIN was seen at the end of what is kept */

@@ -191,6 +191,12 @@ class Map:
     def close(self) -> None:
         os.close(self.fd)
 
+    def __enter__(self) -> Map:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def lookup(self, key: bytes) -> bytes | None:
         """The value (of a per-CPU map: one a CPU, each padded to 8 bytes), or None."""
         out = ctypes.create_string_buffer(self._value)

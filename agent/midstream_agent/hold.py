@@ -18,9 +18,11 @@ import argparse
 import ctypes
 import ipaddress
 import json
+import os
 import struct
 import sys
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 from midstream_runtime.contract.errors import Final, MidstreamError, Retryable
@@ -53,8 +55,9 @@ READ_TRIES = 1000
 class Hold:
     """The pinned maps and programs of this node."""
 
-    def __init__(self, bpffs: Path, maps: dict[str, Map], progs: dict[str, int]) -> None:
+    def __init__(self, bpffs: Path, maps: dict[str, Map], progs: dict[str, int], stack: ExitStack) -> None:
         self.bpffs = bpffs
+        self._stack = stack  # closes the descriptors
         self._flows = maps["ms_flows"]
         self._notes = maps["ms_notes"]
         self._addrs = maps["ms_addrs"]
@@ -67,30 +70,28 @@ class Hold:
     def open(cls, bpffs: Path | str) -> Hold:
         """Open what the loader pinned; refuses maps of another layout."""
         where = Path(bpffs)
-        try:
-            maps = {spec.name: Map.pinned(where / spec.name) for spec in MAPS}
-            progs = {name: obj_get(where / name) for name in PROGRAMS}
-        except OSError as e:
-            raise Final(
-                "hold_not_loaded",
-                f"no BPF programs under {where} ({e.strerror}): "
-                f"run `python -m midstream_agent.hold load --bpffs {where}`",
-            ) from e
-        for spec in MAPS:
-            if maps[spec.name].spec != spec:
+        with ExitStack() as stack:
+            try:
+                maps = {spec.name: stack.enter_context(Map.pinned(where / spec.name)) for spec in MAPS}
+                progs = {name: obj_get(where / name) for name in PROGRAMS}
+            except OSError as e:
                 raise Final(
-                    "hold_layout",
-                    f"{where / spec.name} has another layout than this agent: load its programs",
-                )
-        return cls(where, maps, progs)
+                    "hold_not_loaded",
+                    f"no BPF programs under {where} ({e.strerror}): "
+                    f"run `python -m midstream_agent.hold load --bpffs {where}`",
+                ) from e
+            stack.callback(_close_all, progs)
+            for spec in MAPS:
+                if maps[spec.name].spec != spec:
+                    raise Final(
+                        "hold_layout",
+                        f"{where / spec.name} has another layout than this agent: load its programs",
+                    )
+            return cls(where, maps, progs, stack.pop_all())
 
     def close(self) -> None:
         """Close the descriptors; programs, maps and filters stay."""
-        for m in (self._flows, self._notes, self._addrs, self._counters):
-            m.close()
-        for fd in self._progs.values():
-            hold_tc.close_fd(fd)
-        self._progs = {}
+        self._stack.close()
 
     def __enter__(self) -> Hold:
         return self
@@ -219,6 +220,11 @@ class Hold:
         """Names of our programs on an interface."""
         with hold_tc.Interface(netns_path, ifname) as interface:
             return interface.programs()
+
+
+def _close_all(progs: dict[str, int]) -> None:
+    for fd in progs.values():
+        os.close(fd)
 
 
 def _stable(before: int, after: int) -> bool:

@@ -35,8 +35,6 @@ ROLES: dict[str, tuple[tuple[str, int], ...]] = {
     "nic": (("ms_nic_ingress", INGRESS),),
 }
 
-close_fd = os.close
-
 
 @dataclass(frozen=True, slots=True)
 class _Ours:

@@ -22,7 +22,7 @@ from midstream_agent.hold_layout import (
     NOTE,
     NOTE_DATA,
 )
-from midstream_runtime.contract.errors import Retryable
+from midstream_runtime.contract.errors import Final, Retryable
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -206,3 +206,27 @@ def test_data_of_a_note_is_never_torn(hold: Hold, run_program: Callable[..., Tes
             seen.add(fields[7])
     thread.join()
     assert len(seen) > 10
+
+
+def test_run_times_are_counted_while_somebody_asks(hold: Hold, run_program: Callable[..., TestRun]) -> None:
+    def runs() -> int:
+        return hold.programs()["ms_gate_egress"].runs
+
+    run_program("ms_gate_egress", Packet().frame())
+    before = runs()
+    stats = bpf.enable_stats()
+    try:
+        run_program("ms_gate_egress", Packet().frame(), repeat=10)
+    finally:
+        os.close(stats)
+    assert runs() == before + 10
+
+
+def test_nothing_stays_open_after_close(hold: Hold) -> None:
+    before = os.listdir("/proc/self/fd")
+    with Hold.open(hold.bpffs) as other:
+        other.counters()
+        assert len(os.listdir("/proc/self/fd")) > len(before)
+    with pytest.raises(Final, match="hold_not_loaded"):
+        Hold.open(hold.bpffs / "nothing")
+    assert len(os.listdir("/proc/self/fd")) == len(before)
