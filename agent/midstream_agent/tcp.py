@@ -58,6 +58,7 @@ class Summary(ctypes.Structure):
         ("mss", c_uint32),
         ("snd_wnd", c_uint32),
         ("rcv_wnd", c_uint32),
+        ("min_rtt_us", c_uint32),
         ("rounds", c_uint32),
     )
 
@@ -81,6 +82,7 @@ class Info:
     mss: int
     snd_wnd: int
     rcv_wnd: int
+    min_rtt_us: int
     rounds: int
 
 
@@ -323,6 +325,7 @@ _NUMBERS = (
     "mss",
     "snd_wnd",
     "rcv_wnd",
+    "min_rtt_us",
     "rounds",
 )
 
@@ -330,5 +333,3 @@ _NUMBERS = (
 def _end(address: Any, port: int) -> tuple[str, int]:
     ip = ipaddress.IPv6Address(bytes(address))
     return str(ip.ipv4_mapped or ip), int.from_bytes(port.to_bytes(2, sys.byteorder), "big")
-def queued_bytes(s): return [len(d['rcv'])+len(d['snd']) for d in s.ds]
-Batch.queued_bytes=queued_bytes

@@ -193,6 +193,7 @@ struct ms_tcp_summary {
 	uint32_t recv_bytes;   /* unread payload */
 	uint32_t mss;          /* what the client accepts (mss_clamp) */
 	uint32_t snd_wnd, rcv_wnd;
+	uint32_t min_rtt_us;
 	uint32_t rounds; /* reads it took until the dump was stable; 0 after decode */
 };
 int ms_tcp_summaries(const ms_tcp_batch *b, struct ms_tcp_summary *out);

@@ -7,7 +7,10 @@
  */
 #include "internal.h"
 
-#define INIT_CWND 10 /* TCP_INIT_CWND: what a fresh socket may have in flight */
+#define INIT_CWND 10	   /* TCP_INIT_CWND: what a fresh socket may have in flight */
+#define MSS_SMALL 536	   /* RFC 9293, 3.7.1 */
+#define PADDING_MAX 2048   /* segments, some 3 MB at an MTU of 1500 */
+#define NEARBY_RTT_US 5000
 
 typedef int (*flow_fn)(int fd, struct flow *f, const struct ms_flow_note *note);
 
@@ -45,14 +48,92 @@ static bool fin_acked(const struct flow *f)
 	return ms_fin_out(f) && f->una == f->write_seq;
 }
 
-/* Puts bytes up to `end` into the send queue as sent, without sending them. */
+static uint32_t segment_bytes(const struct flow *f)
+{
+	uint32_t options = f->tcpi_options & TCPI_OPT_TIMESTAMPS ? 12 : 0;
+
+	return f->mss > MSS_SMALL + options ? f->mss - options : MSS_SMALL;
+}
+
+/*
+ * What the client may have although its ack did not come in time must be in the
+ * queue as sent: an ack beyond snd_nxt is dropped. Up to INIT_CWND segments leave
+ * at once as new data, which has the same effect and no retransmit timer to wait
+ * for; of more, the last segment is new, and its SACK starts the recovery.
+ * Returns the end of what is queued as sent.
+ */
+static uint32_t in_flight_end(const struct flow *f)
+{
+	uint32_t end = ms_sent_end(f), segment = segment_bytes(f);
+
+	if (fin_acked(f) || ms_before(end, f->una) || end - f->una <= INIT_CWND * segment)
+		return ms_seat_of(f, f->una);
+	return end - segment;
+}
+
+/*
+ * A fresh socket has a window of INIT_CWND segments, so with more than that queued
+ * as sent the new segment would have to wait for a timer (1 s). Therefore bytes that
+ * the client has acknowledged long ago are queued before them, one a segment, for
+ * PRIME to acknowledge: slow start then grows the window by as many. Should one ever
+ * be sent, the client drops it as old. The price is an RTT sample of microseconds,
+ * which a client nearby hardly notices, and for one far away would mislead BBR for
+ * ten seconds; but there acks are still on their way when the hold ends, and open
+ * the window by themselves.
+ */
+static uint32_t padding(const struct flow *f)
+{
+	uint32_t segments = (in_flight_end(f) - ms_seat_of(f, f->una)) / segment_bytes(f);
+
+	if (segments + 2 <= INIT_CWND || segments > PADDING_MAX || f->min_rtt_us > NEARBY_RTT_US)
+		return 0;
+	return segments + 2 - INIT_CWND;
+}
+
+static int queue_padding(int fd, uint32_t count)
+{
+	static uint8_t byte;
+	struct iovec iov = {&byte, 1};
+	struct mmsghdr messages[64] = {0};
+
+	for (int i = 0; i < 64; i++)
+		messages[i].msg_hdr = (struct msghdr){.msg_iov = &iov, .msg_iovlen = 1};
+	while (count) {
+		int sent = sendmmsg(fd, messages, count < 64 ? count : 64, MSG_DONTWAIT | MSG_NOSIGNAL);
+
+		if (sent <= 0)
+			return errno == EAGAIN ? -ENOBUFS : -errno;
+		count -= (uint32_t)sent;
+	}
+	return 0;
+}
+
+/* Room for it all whatever the socket had, and a congestion control without a memory for RTTs. */
+static int prepare_padding(int fd, struct flow *f)
+{
+	int room = (int)(ms_sndbuf_wanted(f) + f->pad * 2048);
+	int err = ms_setint(fd, SOL_SOCKET, SO_SNDBUFFORCE, room);
+
+	if (err)
+		err = ms_setint(fd, SOL_SOCKET, SO_SNDBUF, room);
+	if (!err && setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, "reno", 4))
+		err = -errno;
+	return err;
+}
+
+/* Puts the padding and the bytes up to `end` into the send queue as sent, without sending them. */
 static int queue_as_sent(int fd, struct flow *f, uint32_t end)
 {
-	const uint8_t *data = f->send + (f->queued - ms_data_start(f));
-	size_t len = end - f->queued;
-	int err;
+	const uint8_t *data = f->send + (f->una - ms_data_start(f));
+	size_t len = end - ms_seat_of(f, f->una);
+	int err = 0;
 
-	err = ms_setint(fd, IPPROTO_TCP, TCP_REPAIR_QUEUE, TCP_SEND_QUEUE);
+	if (f->pad)
+		err = prepare_padding(fd, f);
+	if (!err)
+		err = ms_setint(fd, IPPROTO_TCP, TCP_REPAIR_QUEUE, TCP_SEND_QUEUE);
+	if (!err)
+		err = queue_padding(fd, f->pad);
 	if (!err)
 		err = ms_queue_send(fd, &data, &len);
 	f->queued = end - (uint32_t)len;
@@ -63,21 +144,26 @@ static int queue_as_sent(int fd, struct flow *f, uint32_t end)
 	return err;
 }
 
-/*
- * What the client may have although its ack did not come in time must be in the
- * queue as sent: an ack beyond snd_nxt is dropped. Up to INIT_CWND segments leave
- * at once as new data, which has the same effect and no retransmit timer to wait
- * for; of more, the last segment is new, and its SACK starts the recovery.
- */
 static int queue_in_flight(int fd, struct flow *f)
 {
-	uint32_t end = ms_sent_end(f), flight = end - f->queued, mss = f->mss ? f->mss : 536;
+	uint32_t end = in_flight_end(f);
 
-	if (fin_acked(f))
-		return queue_as_sent(fd, f, f->queued);
-	if (ms_before(end, f->queued) || flight <= INIT_CWND * mss)
+	f->queued = ms_seat_of(f, f->una);
+	if (end == f->queued && !fin_acked(f))
 		return 0;
-	return queue_as_sent(fd, f, end - mss);
+	return queue_as_sent(fd, f, end);
+}
+
+/* Back to the buffer and the congestion control that the socket had. */
+static int settle(int fd, struct flow *f)
+{
+	socklen_t len = (socklen_t)strlen(f->congestion);
+	bool grown = f->pad || ms_sndbuf_wanted(f) != (uint32_t)f->opts[OPT_SNDBUF];
+
+	if (f->pad && len && setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, f->congestion, len))
+		return -errno;
+	f->pad = 0;
+	return grown ? ms_reset_sndbuf(fd, f) : 0;
 }
 
 static int send_some(int fd, struct flow *f, uint32_t end)
@@ -90,7 +176,7 @@ static int send_some(int fd, struct flow *f, uint32_t end)
 		return 0;
 	err = ms_queue_send(fd, &data, &len);
 	if (err == -ENOBUFS) { /* the socket once had room for it, packed otherwise */
-		room = (int)(len < (1u << 29) ? 2 * len + f->send_len : 1u << 30);
+		room = (int)(ms_sndbuf_wanted(f) + f->send_len);
 		if (!ms_setint(fd, SOL_SOCKET, SO_SNDBUFFORCE, room))
 			err = ms_queue_send(fd, &data, &len);
 		ms_reset_sndbuf(fd, f);
@@ -124,7 +210,7 @@ static int seat_again(int fd, struct flow *f, uint32_t snd_wnd)
 {
 	int err = ms_disconnect(fd);
 
-	return err ? err : ms_seat(fd, f, ms_seat_of(f, f->una), snd_wnd);
+	return err ? err : ms_seat(fd, f, ms_seat_of(f, f->una) - f->pad, snd_wnd);
 }
 
 /* From here on the socket's place in the stream is right; what is in flight comes next. */
@@ -148,6 +234,7 @@ static struct note_view take_note(struct flow *f, const struct ms_flow_note *not
 
 	f->una = v.ack;
 	f->phase = v.rst ? PH_DEAD : PH_SEATED;
+	f->pad = v.rst ? 0 : padding(f);
 	*snd_wnd = v.segment ? v.window << f->snd_wscale : f->win.snd_wnd;
 	return v;
 }
@@ -164,7 +251,7 @@ static int activate_begin(int fd, struct flow *f, const struct ms_flow_note *not
 		f->phase = f->phase == PH_DEAD ? PH_DEAD : PH_LIVE_ALREADY;
 		return 0;
 	}
-	if (!f->seat_known || f->seat != ms_seat_of(f, f->una))
+	if (!f->seat_known || f->seat != ms_seat_of(f, f->una) - f->pad)
 		err = seat_again(fd, f, snd_wnd);
 	else
 		err = snd_wnd == f->snd_wnd ? 0 : ms_set_window(fd, f, snd_wnd);
@@ -255,6 +342,8 @@ static int catch_up(int fd, struct flow *f)
 
 static int finish(int fd, struct flow *f, const struct ms_flow_note *note)
 {
+	int err = 0, off;
+
 	(void)note;
 	switch (f->phase) {
 	case PH_NONE:
@@ -266,7 +355,10 @@ static int finish(int fd, struct flow *f, const struct ms_flow_note *note)
 	case PH_LIVE_ALREADY:
 		return catch_up(fd, f);
 	case PH_SEATED:
-		return f->state == ST_CLOSING ? 0 : send_rest(fd, f);
+		if (f->state != ST_CLOSING)
+			err = send_rest(fd, f);
+		off = settle(fd, f);
+		return err ? err : off;
 	}
 	return -EINVAL;
 }

@@ -104,6 +104,7 @@ int ms_tcp_summaries(const ms_tcp_batch *b, struct ms_tcp_summary *out)
 			.mss = f->mss,
 			.snd_wnd = f->win.snd_wnd,
 			.rcv_wnd = f->win.rcv_wnd,
+			.min_rtt_us = f->min_rtt_us,
 			.rounds = f->rounds,
 		};
 	}

@@ -131,7 +131,7 @@ static int accept_dump(struct flow *f, const struct dump *d, int first_nsd, int 
 	f->snd_wscale = info->tcpi_snd_wscale;
 	f->rcv_wscale = info->tcpi_rcv_wscale;
 	f->advmss = info->tcpi_advmss;
-	f->rtt_us = info->tcpi_rtt;
+	f->min_rtt_us = info->tcpi_min_rtt;
 	return 0;
 }
 

@@ -52,7 +52,7 @@ static uint8_t *put_flow(uint8_t *p, const struct flow *f)
 {
 	const uint32_t numbers[] = {
 		f->write_seq,	 f->outq,	     f->nsd,	    f->rcv_nxt,	    f->tsval,
-		f->mss,		 f->advmss,	     f->rtt_us,	    f->win.snd_wl1, f->win.snd_wnd,
+		f->mss,		 f->advmss,	     f->min_rtt_us,	    f->win.snd_wl1, f->win.snd_wnd,
 		f->win.max_window, f->win.rcv_wnd, f->win.rcv_wup,
 	};
 
@@ -148,7 +148,7 @@ static int read_flow(struct flow *f, struct reader r)
 {
 	uint32_t *numbers[] = {
 		&f->write_seq,	   &f->outq,	    &f->nsd,	      &f->rcv_nxt,     &f->tsval,
-		&f->mss,	   &f->advmss,	    &f->rtt_us,	      &f->win.snd_wl1, &f->win.snd_wnd,
+		&f->mss,	   &f->advmss,	    &f->min_rtt_us,	      &f->win.snd_wl1, &f->win.snd_wnd,
 		&f->win.max_window, &f->win.rcv_wnd, &f->win.rcv_wup,
 	};
 

@@ -82,7 +82,7 @@ struct flow {
 	uint8_t snd_wscale, rcv_wscale;
 	uint32_t write_seq, outq, nsd; /* as the ioctls say: a FIN counts */
 	uint32_t rcv_nxt;
-	uint32_t tsval, mss, advmss, rtt_us;
+	uint32_t tsval, mss, advmss, min_rtt_us;
 	struct tcp_repair_window win;
 	uint64_t opts[OPT_COUNT];
 	uint32_t opts_present; /* bit per enum opt_index */
@@ -101,6 +101,7 @@ struct flow {
 	uint32_t una;	 /* what the client has acknowledged, notes included */
 	uint32_t queued; /* end of what is in the socket's send queue */
 	uint32_t snd_wnd;
+	uint32_t pad; /* bytes queued before una; see activate.c */
 };
 
 _Static_assert(OPT_COUNT <= 32, "opts_present has 32 bits");
@@ -212,6 +213,7 @@ int ms_seat(int fd, struct flow *f, uint32_t una, uint32_t snd_wnd);
 int ms_disconnect(int fd);
 int ms_set_window(int fd, const struct flow *f, uint32_t snd_wnd);
 int ms_queue_send(int fd, const uint8_t **data, size_t *len);
+uint32_t ms_sndbuf_wanted(const struct flow *f);
 int ms_reset_sndbuf(int fd, const struct flow *f);
 
 /* note.c: what a hold's note means for this checkpoint */

@@ -12,6 +12,8 @@
 #include "internal.h"
 
 #define UNPRIVILEGED_BUF (2 * 212992) /* what SO_SNDBUF and SO_RCVBUF can set by default */
+#define SMALL_QUEUE 65536
+#define SNDBUF_MAX (1u << 30)
 #define MAXSEG_MAX 32767	      /* MAX_TCP_WINDOW: TCP_MAXSEG takes no more (loopback has 65483) */
 
 #ifndef SO_BUF_LOCK
@@ -201,31 +203,44 @@ int ms_seat(int fd, struct flow *f, uint32_t una, uint32_t snd_wnd)
  * unprivileged call would be capped: both lock autotuning, which SO_BUF_LOCK
  * undoes after the queues.
  */
-static int set_buffer(int fd, const struct flow *f, int index, int force)
+static int set_buffer(int fd, int name, int force, uint32_t bytes)
 {
-	int bytes = (int)f->opts[index];
-
-	if (bytes > UNPRIVILEGED_BUF && !ms_setint(fd, SOL_SOCKET, force, bytes / 2))
+	if (bytes > UNPRIVILEGED_BUF && !ms_setint(fd, SOL_SOCKET, force, (int)(bytes / 2)))
 		return 0;
-	return ms_setint(fd, SOL_SOCKET, ms_opts[index].name, bytes / 2);
+	return ms_setint(fd, SOL_SOCKET, name, (int)(bytes / 2));
+}
+
+/* A queue may exceed the buffer by a segment, and need more room when it is packed otherwise. */
+uint32_t ms_sndbuf_wanted(const struct flow *f)
+{
+	uint32_t dumped = (uint32_t)f->opts[OPT_SNDBUF], queue = f->send_len;
+
+	if (queue < SMALL_QUEUE)
+		return dumped;
+	queue = queue > SNDBUF_MAX / 2 ? SNDBUF_MAX : queue + queue / 4 + SMALL_QUEUE;
+	return queue > dumped ? queue : dumped;
+}
+
+/* Without CAP_NET_ADMIN in the first user namespace the kernel caps it: said before the commit. */
+static int check_room(int fd, const struct flow *f)
+{
+	int bytes, err = ms_getint(fd, SOL_SOCKET, SO_SNDBUF, &bytes);
+
+	return err ? err : bytes < (int)f->send_len ? -ENOBUFS : 0;
 }
 
 static int set_buffers(int fd, const struct flow *f)
 {
-	int err = set_buffer(fd, f, OPT_SNDBUF, SO_SNDBUFFORCE), bytes;
+	int err = set_buffer(fd, SO_SNDBUF, SO_SNDBUFFORCE, ms_sndbuf_wanted(f));
 
 	if (!err)
-		err = set_buffer(fd, f, OPT_RCVBUF, SO_RCVBUFFORCE);
-	if (err || f->send_len <= UNPRIVILEGED_BUF / 2)
-		return err;
-	/* Without CAP_NET_ADMIN in the first user namespace the kernel capped it: say so before the commit. */
-	err = ms_getint(fd, SOL_SOCKET, SO_SNDBUF, &bytes);
-	return err ? err : bytes < (int)f->send_len ? -ENOBUFS : 0;
+		err = set_buffer(fd, SO_RCVBUF, SO_RCVBUFFORCE, (uint32_t)f->opts[OPT_RCVBUF]);
+	return err || f->send_len < SMALL_QUEUE ? err : check_room(fd, f);
 }
 
 int ms_reset_sndbuf(int fd, const struct flow *f)
 {
-	int err = set_buffer(fd, f, OPT_SNDBUF, SO_SNDBUFFORCE);
+	int err = set_buffer(fd, SO_SNDBUF, SO_SNDBUFFORCE, (uint32_t)f->opts[OPT_SNDBUF]);
 
 	return err ? err : ms_opt_set(fd, f, OPT_BUF_LOCK);
 }

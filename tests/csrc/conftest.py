@@ -90,25 +90,34 @@ def _write(path: str, value: str) -> None:
 
 
 class Gate:
-    """Drops both directions of a node's link, and keeps what the client sends as a hold would."""
+    """Drops both directions of a node's link, and keeps what the client sends as a hold would.
 
-    def __init__(self, node: Host, device: str) -> None:
-        self._node, self._device = node, device
+    What the node sends is lost on the client's side: its stack must believe that it was sent.
+    """
+
+    def __init__(self, lab: Lab, i: int, node: Host) -> None:
+        self._ends = ((lab.client, f"c{i}"), (node, "eth0"))
         self._tap = node.run(socket.socket, socket.AF_PACKET, socket.SOCK_RAW, 0)
         self._tap.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32 << 20)
+        self._shut: set[Host] = set()
+
+    def lose(self, *, to_client: bool = True, to_node: bool = True) -> None:
+        """Lose packets of these directions until open()."""
+        for wanted, (host, device) in zip((to_client, to_node), self._ends, strict=True):
+            if wanted and host not in self._shut:
+                self._shut.add(host)
+                chain = f'chain in {{ type filter hook ingress device "{device}" priority 0; meta l4proto tcp drop; }}\n'
+                host.sh("nft -f -", f"table netdev gate_{device} {{ {chain} }}")
 
     def shut(self) -> None:
-        self._node.sh(
-            "nft -f -",
-            f"""table netdev gate {{
-                chain in {{ type filter hook ingress device "{self._device}" priority 0; meta l4proto tcp drop; }}
-                chain out {{ type filter hook egress device "{self._device}" priority 0; meta l4proto tcp drop; }}
-            }}""",
-        )
-        self._tap.bind((self._device, 0x0003))
+        self._tap.bind((self._ends[1][1], 0x0003))
+        self.lose()
 
     def open(self) -> None:
-        self._node.sh("nft delete table netdev gate")
+        for host, device in self._ends:
+            if host in self._shut:
+                host.sh(f"nft delete table netdev gate_{device}")
+        self._shut.clear()
 
     def packets(self) -> list[Segment]:
         """What the client has sent since shut()."""
@@ -195,6 +204,7 @@ class Lab:
         self.client, self.a, self.b = Host("client"), Host("node-a"), Host("node-b")
         self.mtu = mtu
         self._gates: list[Gate] = []
+        self._out: dict[int, socket.socket] = {}
         for i, node in enumerate((self.a, self.b), start=1):
             self._link(i, node)
         for family in (4, 6):
@@ -226,18 +236,23 @@ class Lab:
             self.client.sh(f"ip -{family} route replace {SERVICE[family]} via {via} src {CLIENT[family]}")
 
     def gate(self, node: Host) -> Gate:
-        gate = Gate(node, "eth0")
+        gate = Gate(self, 1 if node is self.a else 2, node)
         self._gates.append(gate)
         return gate
 
-    def inject(self, node: Host, packets: list[bytes]) -> None:
-        """Play packets where the client's own arrive."""
+    def injector(self, node: Host) -> Callable[[list[bytes]], None]:
+        """Plays packets where the client's own arrive."""
         i = 1 if node is self.a else 2
-        with self.client.run(socket.socket, socket.AF_PACKET, socket.SOCK_RAW, 0) as out:
-            out.bind((f"c{i}", 0))
+        if i not in self._out:  # binding takes the kernel 20 ms
+            self._out[i] = self.client.run(socket.socket, socket.AF_PACKET, socket.SOCK_RAW, 0)
+            self._out[i].bind((f"c{i}", 0))
+        header = self._mac_of[i] + self._mac_of[-i]
+
+        def play(packets: list[bytes]) -> None:
             for p in packets:
-                kind = b"\x08\x00" if p[0] >> 4 == 4 else b"\x86\xdd"
-                out.send(self._mac_of[i] + self._mac_of[-i] + kind + p)
+                self._out[i].send(header + (b"\x08\x00" if p[0] >> 4 == 4 else b"\x86\xdd") + p)
+
+        return play
 
     @property
     def _mac_of(self) -> dict[int, bytes]:
@@ -268,8 +283,8 @@ class Lab:
         return [node.socket(socket.AF_INET6 if f == 6 else socket.AF_INET) for f in families]
 
     def close(self) -> None:
-        for gate in self._gates:
-            gate.close()
+        for owner in (*self._gates, *self._out.values()):
+            owner.close()
         for host in (self.a, self.b, self.client):
             host.close()
 
@@ -329,10 +344,12 @@ class Move:
         assert self.batch is not None
         batch, fds = self.batch, [s.fileno() for s in sockets]
         begin, finish = (batch.thaw_begin, batch.thaw_finish) if thaw else (batch.activate_begin, batch.activate_finish)
+        play = self.lab.injector(node)
+        self.began = time.perf_counter()
         errors = begin(fds, notes)
         assert not any(errors), [tcp.strerror(e) for e in errors]
-        self.lab.inject(node, batch.client_packets(notes, tcp.PRIME))
-        self.lab.inject(node, batch.client_packets(notes, tcp.PLAY))
+        play(batch.client_packets(notes, tcp.PRIME))
+        play(batch.client_packets(notes, tcp.PLAY))
         errors = finish(fds, notes)
         assert not any(errors), [tcp.strerror(e) for e in errors]
 
