@@ -3,13 +3,14 @@
 A step takes some tokens of many requests (one for those that decode, a run of them for those in prefill),
 writes their keys and values into the pool's slots, and returns the logits after each request's last token.
 
-An answer must not depend on who else is in the batch, on whether its KV was computed by a prefill or token by
-token, or on the machine. Matrix products of different shapes add in different orders, so float32 results
-differ in their last bits, and a greedy answer flips on a close call. Therefore all arithmetic is float64
+An answer must not depend on who else is in the batch, on whether its KV was computed by a prefill or token
+by token, or on the machine. Matrix products of different shapes add in different orders, so float32 results
+differ in their last bits, and a greedy answer flips on a close call: over 38,400 tokens of the tiny model the
+two best logits were closer than 1e-4 in 8 cases and than 1e-5 in 3. Therefore all arithmetic is float64
 (differences of 1e-15), keys and values are rounded to the pool's dtype on every path before anyone reads
-them, and logits are rounded to float32 before a token is chosen: a difference survives only if a value lies
-within 1e-15 of a rounding boundary. tests/unit/test_engine_identity.py measures it. float64 costs this small
-model twice the time of its matrix products, no more.
+them, and logits are rounded to float32 before a token is chosen: a difference survives only where a value
+lies within 1e-15 of a rounding boundary. tests/unit/engine/test_engine_identity.py measures it. For this
+small model float64 costs twice the time of its matrix products, no more.
 
 A step may be abandoned between layers (`interrupted`): what it wrote lies beyond the fill of its requests and
 is written again by the next step."""
