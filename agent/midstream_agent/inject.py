@@ -8,16 +8,15 @@ instead, and conntrack would see a connection of the host's own.
 
 from __future__ import annotations
 
-import errno
 import socket
 from collections.abc import Iterable
 
 from pyroute2 import IPRoute
-from pyroute2.netlink.exceptions import NetlinkError
 
-from midstream_agent.net import _sysctl
+from midstream_agent.net import sysctl, unless_exists
 
 OUT, IN = "msinj0", "msinj1"
+ADDRESS = "169.254.77.1"  # link-local, on no wire
 _ETH_P = {4: b"\x08\x00", 6: b"\x86\xdd"}
 
 
@@ -31,18 +30,16 @@ class Injector:
     @classmethod
     def create(cls, ipr: IPRoute, mtu_bytes: int) -> Injector:
         """Make (or take over) the pair. Runs in the netlink thread."""
-        try:
-            ipr.link("add", ifname=OUT, kind="veth", peer={"ifname": IN})
-        except NetlinkError as e:
-            if e.code != errno.EEXIST:
-                raise
+        unless_exists(ipr.link, "add", ifname=OUT, kind="veth", peer={"ifname": IN})
         for name in (OUT, IN):
             # a client of this very node has a source address that is local here
             for knob, value in (("rp_filter", "2"), ("accept_local", "1")):
-                _sysctl(f"net/ipv4/conf/{name}/{knob}", value)
-            _sysctl(f"net/ipv6/conf/{name}/accept_ra", "0")
+                sysctl(f"net/ipv4/conf/{name}/{knob}", value)
+            sysctl(f"net/ipv6/conf/{name}/accept_ra", "0")
             ipr.link("set", ifname=name, state="up", mtu=max(mtu_bytes, 1500))
-        _sysctl(f"net/ipv4/conf/{IN}/forwarding", "1")
+        sysctl(f"net/ipv4/conf/{IN}/forwarding", "1")
+        # even loose rp_filter drops all that arrives on an interface without an address (fib_validate_source)
+        unless_exists(ipr.addr, "add", index=ipr.link_lookup(ifname=IN)[0], address=ADDRESS, prefixlen=32)
         mac = {
             n: bytes.fromhex(ipr.get_links(ifname=n)[0].get_attr("IFLA_ADDRESS").replace(":", "")) for n in (OUT, IN)
         }

@@ -79,7 +79,7 @@ class NetWorker:
         nic = self._settings.nic
         index = self.index_of(nic.name)
         self.host.link("set", index=index, state="up", mtu=nic.mtu_bytes)
-        _sysctl(f"net/ipv4/conf/{nic.name}/rp_filter", "2")
+        sysctl(f"net/ipv4/conf/{nic.name}/rp_filter", "2")
         for gateway, dst in ((nic.gateway_v4, "0.0.0.0/0"), (nic.gateway_v6, "::/0")):
             if gateway:
                 self._replace_default(index, gateway, dst)
@@ -146,12 +146,12 @@ class NetWorker:
             index = pod.link_lookup(ifname="eth0")[0]
             # nodad: a tentative IPv6 address would refuse sockets for 1.5 s (measured)
             extra: dict[str, Any] = {"flags": 0x02} if ":" in address else {}
-            return _unless_exists(pod.addr, "add", index=index, address=address, prefixlen=_bits(address), **extra)
+            return unless_exists(pod.addr, "add", index=index, address=address, prefixlen=_bits(address), **extra)
 
     def del_pod_address(self, pod_netns: int, address: str) -> None:
         with netns.inside(pod_netns), IPRoute() as pod:
             index = pod.link_lookup(ifname="eth0")[0]
-            _unless_gone(pod.addr, "del", index=index, address=address, prefixlen=_bits(address))
+            unless_gone(pod.addr, "del", index=index, address=address, prefixlen=_bits(address))
 
     def pod_addresses(self, pod_netns: int) -> list[str]:
         """Global addresses of the pod's eth0."""
@@ -162,11 +162,11 @@ class NetWorker:
 
     def add_rules(self, address: str) -> None:
         for args in self._rules(address):
-            _unless_exists(self.host.rule, "add", **args)
+            unless_exists(self.host.rule, "add", **args)
 
     def del_rules(self, address: str) -> None:
         for args in self._rules(address):
-            _unless_gone(self.host.rule, "del", **args)
+            unless_gone(self.host.rule, "del", **args)
 
     def _rules(self, address: str) -> list[dict[str, Any]]:
         s, bits, family = self._settings, _bits(address), netns.family_of(address)
@@ -194,7 +194,7 @@ def _bits(address: str) -> int:
     return 128 if ":" in address else 32
 
 
-def _unless_exists(call: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
+def unless_exists(call: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
     try:
         call(*args, **kwargs)
     except NetlinkError as e:
@@ -204,7 +204,7 @@ def _unless_exists(call: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
     return True
 
 
-def _unless_gone(call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+def unless_gone(call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     try:
         call(*args, **kwargs)
     except NetlinkError as e:
@@ -212,7 +212,7 @@ def _unless_gone(call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
             raise
 
 
-def _sysctl(path: str, value: str) -> None:
+def sysctl(path: str, value: str) -> None:
     Path("/proc/sys", path).write_text(value, encoding="ascii")
 
 

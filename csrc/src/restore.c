@@ -178,6 +178,8 @@ int ms_seat(int fd, struct flow *f, uint32_t una, uint32_t snd_wnd)
 	err = ms_setint(fd, IPPROTO_TCP, TCP_MAXSEG, maxseg);
 	if (!err)
 		err = set_seq(fd, TCP_SEND_QUEUE, una);
+	if (err == -EPERM) /* only a closed socket takes them */
+		return -EISCONN;
 	if (!err)
 		err = set_seq(fd, TCP_RECV_QUEUE, ms_rcv_end(f) - f->recv_len);
 	if (!err)
@@ -255,18 +257,11 @@ static int check_blank(int fd, const struct flow *f)
 	return domain == (f->family == 4 ? AF_INET : AF_INET6) ? 0 : -EAFNOSUPPORT;
 }
 
-static int restore_one(int fd, struct flow *f)
+static int fill_blank(int fd, struct flow *f)
 {
 	socklen_t len;
-	int err;
+	int err = set_buffers(fd, f);
 
-	if (f->error)
-		return f->error;
-	err = check_blank(fd, f);
-	if (!err)
-		err = ms_setint(fd, IPPROTO_TCP, TCP_REPAIR, TCP_REPAIR_ON);
-	if (!err)
-		err = set_buffers(fd, f);
 	if (err)
 		return err;
 	len = (socklen_t)strlen(f->device);
@@ -280,6 +275,22 @@ static int restore_one(int fd, struct flow *f)
 		err = ms_seat(fd, f, ms_seat_of(f, f->una), f->win.snd_wnd);
 	if (!err && f->opts_present & 1u << OPT_BUF_LOCK)
 		err = ms_opt_set(fd, f, OPT_BUF_LOCK);
+	return err;
+}
+
+static int restore_one(int fd, struct flow *f)
+{
+	int err = f->error;
+
+	if (!err)
+		err = check_blank(fd, f);
+	if (!err)
+		err = ms_setint(fd, IPPROTO_TCP, TCP_REPAIR, TCP_REPAIR_ON);
+	if (err)
+		return err;
+	err = fill_blank(fd, f);
+	if (err == -EISCONN) /* somebody's live socket: at least not frozen */
+		ms_setint(fd, IPPROTO_TCP, TCP_REPAIR, TCP_REPAIR_OFF_NO_WP);
 	return err;
 }
 

@@ -83,7 +83,9 @@ class Inventory:
         found = [p for p in self.pods.values() if p.node == to and p.workload == source.workload]
         if len(found) != 1:
             names = ", ".join(p.name for p in found) or "none"
-            raise UsageError(f"node {to} has {len(found)} pods of workload {source.workload!r} ({names}): name one with --target-pod")
+            raise UsageError(
+                f"node {to} has {len(found)} pods of workload {source.workload!r} ({names}): name one with --target-pod"
+            )
         return found[0]
 
     def _named_target(self, source: PodEntry, to: str, target_pod: str) -> PodEntry:

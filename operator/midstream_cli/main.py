@@ -42,7 +42,9 @@ def parser() -> argparse.ArgumentParser:
     migrate.add_argument("--address", action="append", default=[], help="only this floating IP (repeatable)")
     migrate.add_argument("--switchover", choices=SWITCHOVERS, default="auto")
     migrate.add_argument("--kv", choices=KV_MODES, default="auto")
-    migrate.add_argument("--deadline-s", type=float, default=0.0, help="give up before the point of no return after this")
+    migrate.add_argument(
+        "--deadline-s", type=float, default=0.0, help="give up before the point of no return after this"
+    )
     migrate.add_argument("--dry-run", action="store_true")
     migrate.add_argument("--report", type=Path, help="write the job's report to this file, as JSON")
     migrate.add_argument("--job", default="", help="job id; the same id again follows the running job")
@@ -124,7 +126,9 @@ async def status(inventory: Inventory, args: argparse.Namespace, out: Callable[[
         for report in reply.jobs:
             if args.job in ("", report.job_id):
                 found += 1
-                out(f"{report.job_id:<28} {PHASES[report.phase]:<11} {report.source_node} -> {report.target_node}  {report.message}")
+                out(
+                    f"{report.job_id:<28} {PHASES[report.phase]:<11} {report.source_node} -> {report.target_node}  {report.message}"
+                )
     if args.job and not found:
         out(f"no agent knows job {args.job}")
     return 0 if found or not args.job else 1

@@ -100,6 +100,7 @@ class Gate:
         self._tap = node.run(socket.socket, socket.AF_PACKET, socket.SOCK_RAW, 0)
         self._tap.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32 << 20)
         self._shut: set[Host] = set()
+        self._listening = False
 
     def lose(self, *, to_client: bool = True, to_node: bool = True) -> None:
         """Lose packets of these directions until open()."""
@@ -109,8 +110,14 @@ class Gate:
                 chain = f'chain in {{ type filter hook ingress device "{device}" priority 0; meta l4proto tcp drop; }}\n'
                 host.sh("nft -f -", f"table netdev gate_{device} {{ {chain} }}")
 
+    def listen(self) -> None:
+        """Begin to keep what the client sends."""
+        if not self._listening:
+            self._tap.bind((self._ends[1][1], 0x0003))
+        self._listening = True
+
     def shut(self) -> None:
-        self._tap.bind((self._ends[1][1], 0x0003))
+        self.listen()
         self.lose()
 
     def open(self) -> None:
@@ -371,6 +378,22 @@ def lab() -> Iterator[Lab]:
 
 
 @pytest.fixture
+def lab_of() -> Iterator[Callable[[int], Lab]]:
+    """A lab with an MTU of the test's choice."""
+    made: list[Lab] = []
+
+    def make(mtu: int) -> Lab:
+        made.append(Lab(mtu))
+        return made[-1]
+
+    try:
+        yield make
+    finally:
+        for lab in made:
+            lab.close()
+
+
+@pytest.fixture
 def move() -> type[Move]:
     return Move
 
@@ -383,5 +406,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if _may_make_namespaces():
         return
     for item in items:
-        if "lab" in getattr(item, "fixturenames", ()):
+        if {"lab", "lab_of"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.skip(reason="needs root, or unshare -rn: no namespaces can be made"))

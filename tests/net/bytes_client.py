@@ -20,6 +20,7 @@ from typing import Any
 
 PERIOD = 65_521  # prime: no power-of-two shift maps the pattern onto itself
 CHUNK = 16_384
+PAUSE_SHARE = 0.3
 
 
 def pattern(seed: int) -> bytes:
@@ -50,14 +51,17 @@ class Plan:
         r = random.Random(seed)
         kind = options.get("kind") or r.choice(["up", "down", "both"])
         size = options.get("size") or int(10 ** r.uniform(2, 6.3))
-        slow = options.get("pause_s", 0.02)
+        chunk = r.choice([100, 1000, CHUNK]) if size < 200_000 else CHUNK
+        # a chunk is followed by a pause three times in ten; drawn uniformly from 0 to twice the mean
+        pause_s = 2 * options.get("seconds", 2.0) * chunk / size / PAUSE_SHARE
+        slow = r.choice(["client", "server", "both"])
         return cls(
             seed,
             up=size if kind in ("up", "both") else 0,
             down=size if kind in ("down", "both") else 0,
-            client_pause_s=r.choice([0.0, slow, 4 * slow]),
-            server_pause_s=r.choice([0.0, 0.0, slow, 4 * slow]),
-            chunk=r.choice([100, 1000, CHUNK]) if size < 200_000 else CHUNK,
+            client_pause_s=min(pause_s, 0.5) if slow != "server" else 0.0,
+            server_pause_s=min(pause_s, 0.5) if slow != "client" else 0.0,
+            chunk=chunk,
         )
 
     def header(self) -> bytes:
@@ -81,7 +85,7 @@ async def _upload(sock: socket.socket, plan: Plan, r: random.Random, out: Outcom
         await loop.sock_sendall(sock, chunk)
         offset += len(chunk)
         out.sent += len(chunk)
-        if plan.client_pause_s and r.random() < 0.3:
+        if plan.client_pause_s and r.random() < PAUSE_SHARE:
             await asyncio.sleep(r.uniform(0, plan.client_pause_s))
 
 
@@ -102,7 +106,7 @@ async def _download(sock: socket.socket, plan: Plan, r: random.Random, out: Outc
             at += len(want)
         offset += len(body)
         out.received += len(body)
-        if plan.client_pause_s and r.random() < 0.3:
+        if plan.client_pause_s and r.random() < PAUSE_SHARE:
             await asyncio.sleep(r.uniform(0, plan.client_pause_s))
     if offset != plan.down or trailer != b"OK":
         raise ValueError(f"ended after {offset} of {plan.down} bytes with {trailer[:80]!r}")

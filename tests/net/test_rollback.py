@@ -32,7 +32,7 @@ CLIENTS = 6
 
 def start_clients(world: World, seed: int) -> list[Clients]:
     groups = [
-        world.clients(place, CLIENTS, seed * 100 + 20 * i, address=V4, kind="both", size=1_500_000, pause_s=0.03)
+        world.clients(place, CLIENTS, seed * 100 + 20 * i, address=V4, kind="both", size=1_500_000, seconds=5.0)
         for i, place in enumerate((world.outside, world.a))
     ]
     world.wait_streams(V4, 2 * CLIENTS - 1)

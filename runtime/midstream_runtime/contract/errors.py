@@ -23,3 +23,9 @@ class Retryable(MidstreamError):
 
 class Final(MidstreamError):
     pass
+
+
+def error_from(header: dict[str, object]) -> MidstreamError:
+    """The error that a peer or pod described by code, message and retryable."""
+    family = Retryable if header.get("retryable") else Final
+    return family(str(header.get("code", "unnamed")), str(header.get("message", "")))

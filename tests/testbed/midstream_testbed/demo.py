@@ -110,7 +110,14 @@ class Demo:
         return pods
 
     def _curl(self, client: Client, prompt: str, out: Path) -> Process:
-        body = {"model": "tiny", "prompt": prompt, "max_tokens": self.tokens, "temperature": 0, "stream": True, "ignore_eos": True}
+        body = {
+            "model": "tiny",
+            "prompt": prompt,
+            "max_tokens": self.tokens,
+            "temperature": 0,
+            "stream": True,
+            "ignore_eos": True,
+        }
         argv = ["curl", "-sS", "-N", "--max-time", str(120 + 10 * self.move_seconds), "-o", str(out),
                 "-H", "content-type: application/json", "-d", json.dumps(body),
                 f"http://{ADDRESS}:{GATEWAY_PORT}/v1/completions"]  # fmt: skip
@@ -183,8 +190,13 @@ class Demo:
     # -- the verdict ------------------------------------------------------------------------------------
 
     def _judge(
-        self, running: list[Stream], report: dict[str, Any], packets: list[Packet], missed: int,
-        stats: dict[str, float], at_delete: float,
+        self,
+        running: list[Stream],
+        report: dict[str, Any],
+        packets: list[Packet],
+        missed: int,
+        stats: dict[str, float],
+        at_delete: float,
     ) -> dict[str, Any]:
         lost = doubled = 0
         identical = True
@@ -291,11 +303,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--pace-ms", type=float, default=float(os.environ.get("DEMO_PACE_MS") or 4))
     parser.add_argument("--move-seconds", type=float, default=float(os.environ.get("DEMO_MOVE_SECONDS") or 0))
     parser.add_argument("--without-hold", action="store_true", help="the control: must fail")
-    parser.add_argument("--zero-kv", action="store_true", help="the control: moved KV is zeroed, the answer must change")
+    parser.add_argument(
+        "--zero-kv", action="store_true", help="the control: moved KV is zeroed, the answer must change"
+    )
     parser.add_argument("--json", type=Path, default=Path("build/demo.json"))
     args = parser.parse_args(argv)
     folder = Path(tempfile.mkdtemp(prefix="midstream-demo-"))
-    demo = Demo(args.streams, args.tokens, args.pace_ms, args.move_seconds, folder, args.without_hold, zero_kv=args.zero_kv)
+    demo = Demo(
+        args.streams, args.tokens, args.pace_ms, args.move_seconds, folder, args.without_hold, zero_kv=args.zero_kv
+    )
     result = demo.run()
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
