@@ -1,16 +1,91 @@
-"""Frames of the handoff (interim)."""
+"""The handoff: how a serving process and its node's agent exchange sockets and request state.
+
+A unix stream socket in the pod carries frames in both directions. Each request of the agent has an id and gets one
+reply; requests are answered in order.
+
+    frame    u32 header_bytes, u32 payload_bytes (both little-endian), header (JSON object, UTF-8), payload
+    request  header {kind, id, ...}
+    reply    header {kind: as asked, id, ...}  or  {kind: "error", id, code, message, retryable}
+
+File descriptors ride with a frame's first byte as SCM_RIGHTS; the header's `fds` says how many belong to the frame.
+Linux takes at most 253 a message (SCM_MAX_FD), so a reply with more is several frames: all but the last have
+`more: true`, and the payload is in the last.
+
+| kind | fields | reply | what the pod does |
+|---|---|---|---|
+| hello | version, min_version, node | the same, pod_kind, model, pool, listeners; fd of the pool | nothing |
+| prepare | job, addresses | | nothing is closed any more while bytes of it are queued |
+| settle | job, addresses | accepted | accepts until the kernel has no more |
+| streams | addresses | streams: id, local, remote, movable, reason, tokens, kv_bytes | nothing |
+| pause | job, addresses, exclude | streams, kv; payload: state; fds: sockets | freezes them at a token boundary |
+| resume | job | | goes on as if nothing had happened; also ends `prepare` |
+| release | job | | closes its copies and forgets the requests |
+| blank | job, families (4 or 6) | fds: sockets, unbound | makes them; asked again it replaces them |
+| reserve | job, slots | slots | hands KV slots to the agent |
+| stage | job, slots (-1: did not come), count; payload: state | | puts the streams on its blank sockets, silent |
+| activate | job | | serves them |
+| discard | job | | closes blanks, frees slots |
+| fds | job | fds | the sockets of a paused or staged job again, for an agent that restarted |
+| status | | connections, jobs | nothing |
+
+`resume`, `release`, `activate` and `discard` are idempotent: an agent that restarted asks again. Whatever comes from a
+pod is hostile until checked: sizes are refused here before anything is allocated.
+"""
+
 from __future__ import annotations
-import json, struct
+
+import json
+import struct
 from typing import Any
-VERSION, MIN_VERSION, MAX_FDS_PER_FRAME = 1, 1, 253
-_H = struct.Struct("<II")
+
+from midstream_runtime.contract.errors import Final
+
+VERSION = 1
+MIN_VERSION = 1
+"""The oldest version that this side still understands."""
+
+MAX_FDS_PER_FRAME = 253
+MAX_HEADER_BYTES = 8 << 20
+MAX_PAYLOAD_BYTES = 256 << 20
+DEFAULT_PATH = "/run/midstream/handoff.sock"
+
+_LENGTHS = struct.Struct("<II")
+
+
 def encode(header: dict[str, Any], payload: bytes = b"") -> bytes:
-    h = json.dumps(header).encode()
-    return _H.pack(len(h), len(payload)) + h + payload
-def missing(buf: bytearray) -> int:
-    if len(buf) < 8: return 8 - len(buf)
-    a, b = _H.unpack_from(buf)
-    return max(0, 8 + a + b - len(buf))
-def decode(buf: bytearray) -> tuple[dict[str, Any], bytes, int]:
-    a, b = _H.unpack_from(buf)
-    return json.loads(buf[8:8 + a]), bytes(buf[8 + a:8 + a + b]), 8 + a + b
+    """One frame; Final("handoff_size") when it is larger than the other side would take."""
+    text = json.dumps(header, separators=(",", ":")).encode()
+    _check_sizes(len(text), len(payload))
+    return _LENGTHS.pack(len(text), len(payload)) + text + payload
+
+
+def missing(buffer: bytearray) -> int:
+    """Bytes that the frame at the front of `buffer` still needs; 0 when it is whole."""
+    if len(buffer) < _LENGTHS.size:
+        return _LENGTHS.size - len(buffer)
+    header_bytes: int
+    payload_bytes: int
+    header_bytes, payload_bytes = _LENGTHS.unpack_from(buffer)
+    _check_sizes(header_bytes, payload_bytes)
+    return max(0, _LENGTHS.size + header_bytes + payload_bytes - len(buffer))
+
+
+def decode(buffer: bytearray) -> tuple[dict[str, Any], bytes, int]:
+    """Header, payload and length of the whole frame at the front of `buffer`."""
+    header_bytes, payload_bytes = _LENGTHS.unpack_from(buffer)
+    start = _LENGTHS.size + header_bytes
+    try:
+        header = json.loads(buffer[_LENGTHS.size : start])
+    except ValueError as e:
+        raise Final("handoff_protocol", f"a frame's header is no JSON: {e}") from e
+    if not isinstance(header, dict):
+        raise Final("handoff_protocol", "a frame's header is no JSON object")
+    return header, bytes(buffer[start : start + payload_bytes]), start + payload_bytes
+
+
+def _check_sizes(header_bytes: int, payload_bytes: int) -> None:
+    if header_bytes > MAX_HEADER_BYTES or payload_bytes > MAX_PAYLOAD_BYTES:
+        raise Final(
+            "handoff_size",
+            f"a frame of {header_bytes} + {payload_bytes} bytes exceeds {MAX_HEADER_BYTES} + {MAX_PAYLOAD_BYTES}",
+        )
