@@ -76,7 +76,7 @@ def decode(buffer: bytearray) -> tuple[dict[str, Any], bytes, int]:
     start = _LENGTHS.size + header_bytes
     try:
         header = json.loads(buffer[_LENGTHS.size : start])
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise Final("handoff_protocol", f"a frame's header is no JSON: {e}") from e
     if not isinstance(header, dict):
         raise Final("handoff_protocol", "a frame's header is no JSON object")
