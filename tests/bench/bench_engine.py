@@ -8,28 +8,25 @@ matrix products with the same number of rows, which no scheduling can beat."""
 from __future__ import annotations
 
 import asyncio
-import json
 import mmap
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "runtime"))
 
+import rows  # noqa: E402
 from midstream_runtime.contract.pool import PoolView  # noqa: E402
 from midstream_runtime.engine.client import EngineClient, StartRequest  # noqa: E402
 from midstream_runtime.engine.protocol import SamplingParams, TokenEvent  # noqa: E402
 
 PYTHON = os.environ.get("MIDSTREAM_ENGINE_PYTHON", "/usr/bin/python3")
-OUT = ROOT / "build" / "bench" / "engine.json"
 TOKENS = 200
 MOVES = 12
 
@@ -53,33 +50,13 @@ for rows in (1, 64, 256):
 """
 
 
-def row(
-    name: str, unit: str, values: Sequence[float], goal: float, better: str, **more: Any
-) -> dict[str, Any]:
-    ordered = sorted(values)
-    return {
-        "name": name,
-        "unit": unit,
-        "value": round(statistics.median(ordered), 3),
-        "goal": goal,
-        "better": better,
-        "n": len(ordered),
-        "p50": round(statistics.median(ordered), 3),
-        "p99": round(ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))], 3),
-        "reference": None,
-        "reference_value": None,
-    }
-
-
 @contextmanager
 def engines(count: int, *arguments: str) -> Iterator[list[str]]:
     with tempfile.TemporaryDirectory() as folder:
         paths = [f"{folder}/{index}.sock" for index in range(count)]
         env = {**os.environ, "PYTHONPATH": str(ROOT / "runtime")}
         argv = [PYTHON, "-m", "midstream_runtime.engine.builtin", "--pool-slots", "12000", *arguments]
-        processes = [
-            subprocess.Popen([*argv, "--socket", path], env=env, stderr=subprocess.DEVNULL) for path in paths
-        ]
+        processes = [subprocess.Popen([*argv, "--socket", path], env=env, stderr=subprocess.DEVNULL) for path in paths]
         try:
             for path in paths:
                 await_socket(path)
@@ -192,26 +169,28 @@ def reference() -> dict[int, float]:
 
 
 def main() -> None:
-    rows = []
+    found = []
     bare = reference()
     with engines(1, "--pace-ms", "0") as (path,):
         for streams, goal in ((1, 250), (64, 2000), (256, 2500)):
             values = [asyncio.run(throughput(path, streams)) for _ in range(3)]
-            products = {
-                "reference": "bare matrix products",
-                "reference_value": round(streams / bare[streams], 1),
-            }
-            rows.append(row(f"engine_tokens_per_s_{streams}", "tokens/s", values, goal, "higher", **products))
+            found.append(
+                rows.row(
+                    f"engine_tokens_per_s_{streams}",
+                    "tokens/s",
+                    values,
+                    goal,
+                    "higher",
+                    reference="bare matrix products",
+                    reference_value=streams / bare[streams],
+                )
+            )
     with engines(2, "--pace-ms", "4") as paths:
         for streams, goals in ((1, (3.0, 3.0, 6.0)), (200, (60.0, 40.0, 120.0))):
             figures = asyncio.run(moves(paths, streams))
             for (name, values), limit in zip(figures.items(), goals, strict=True):
-                rows.append(row(f"engine_{name}_ms_{streams}", "ms", values, limit, "lower"))
-    OUT.parent.mkdir(parents=True, exist_ok=True)
-    OUT.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    for entry in rows:
-        figure = f"{entry['value']:10} {entry['unit']:9} p99 {entry['p99']:10}"
-        print(f"{entry['name']:28} {figure} goal {entry['goal']}")
+                found.append(rows.row(f"engine_{name}_ms_{streams}", "ms", values, limit, "lower"))
+    rows.write("engine", found)
 
 
 if __name__ == "__main__":

@@ -62,6 +62,11 @@ class Connection:
         return self.sock.fileno() < 0
 
     @property
+    def frozen(self) -> bool:
+        """Out of the event loop, for a migration; a server's own timers should rest too."""
+        return self._frozen
+
+    @property
     def unsent_bytes(self) -> int:
         """Written, and not yet taken by the kernel."""
         return len(self._out)

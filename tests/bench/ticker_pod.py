@@ -1,0 +1,82 @@
+"""A server that sends each client a numbered line every few milliseconds: `ticker_pod.py PORT PERIOD_MS`.
+
+Uses the handoff library alone, so that a benchmark of many streams measures the data path and not an engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+from midstream_runtime.handoff import App, Connection, Handoff, Movable
+
+
+class Ticker:
+    """One client: the number of its next line is all its state."""
+
+    def __init__(self, connection: Connection, period_s: float, number: int = 0) -> None:
+        self.connection, self.period_s, self.number = connection, period_s, number
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        # spread over the period by the connection's number, as clients that came at different times are
+        self._next(self.period_s * (self.connection.id % 97) / 97)
+
+    def _next(self, after_s: float) -> None:
+        self._timer = asyncio.get_running_loop().call_later(after_s, self.tick)
+
+    def tick(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self.connection.frozen or self.connection.closed:
+            return
+        self.connection.write(b"%d\n" % self.number)
+        self.number += 1
+        self._next(self.period_s)
+
+    def received(self, data: bytes) -> None: ...
+
+    def eof(self) -> None:
+        self.connection.close()
+
+    def drained(self) -> None: ...
+
+    def lost(self, error: OSError | None) -> None: ...
+
+    def movable(self) -> Movable:
+        return Movable()
+
+    def save(self) -> bytes:
+        return b"%d" % self.number
+
+
+class TickerApp(App):
+    kind = "ticker"
+
+    def __init__(self, period_s: float) -> None:
+        self.period_s = period_s
+
+    def connected(self, connection: Connection) -> Ticker:
+        ticker = Ticker(connection, self.period_s)
+        ticker.start()
+        return ticker
+
+    def restored(self, connection: Connection, state: bytes) -> Ticker:
+        return Ticker(connection, self.period_s, int(state))
+
+    async def resume(self, handlers: list[Ticker]) -> None:  # type: ignore[override]
+        for handler in handlers:
+            handler.tick()
+
+    activate = resume
+
+
+async def main(port: int, period_ms: float) -> None:
+    handoff = Handoff(TickerApp(period_ms / 1000))
+    handoff.listen("::", port, path_mtu_bytes=9001)
+    print("ready", flush=True)
+    await handoff.serve()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(int(sys.argv[1]), float(sys.argv[2])))
