@@ -1,8 +1,8 @@
 """The error tree of everything in Midstream.
 
-    MidstreamError
-    +-- Retryable   the same request may succeed later, or elsewhere
-    +-- Final       it will not, until somebody changes something; the message says what
+MidstreamError
++-- Retryable   the same request may succeed later, or elsewhere
++-- Final       it will not, until somebody changes something; the message says what
 """
 
 from __future__ import annotations

@@ -156,9 +156,7 @@ class PoolLayout:
         except (struct.error, UnicodeEncodeError) as error:
             raise PoolLayoutError("the KV pool's header holds impossible values") from error
         if not consistent or layout.total_bytes != total_bytes or slots == 0 or layout.slot_bytes == 0:
-            raise PoolLayoutError(
-                f"the KV pool's header contradicts itself or its size of {total_bytes} bytes"
-            )
+            raise PoolLayoutError(f"the KV pool's header contradicts itself or its size of {total_bytes} bytes")
         return layout
 
 
