@@ -35,9 +35,7 @@ def debian(usr_src: Path, version: str) -> Path:
 
 
 def test_missing_headers_are_named_with_the_package_to_install(no_headers: Path) -> None:
-    with pytest.raises(
-        Final, match=rf"(?s)no_kernel_headers.*apt install linux-headers-{ARCH}.*BCC_KERNEL_SOURCE"
-    ):
+    with pytest.raises(Final, match=rf"(?s)no_kernel_headers.*apt install linux-headers-{ARCH}.*BCC_KERNEL_SOURCE"):
         hold_load.find_headers()
 
 
@@ -61,9 +59,7 @@ def test_own_headers_of_the_kernel_are_left_to_bcc(no_headers: Path) -> None:
     assert hold_load.find_headers() == hold_load.Headers(None)
 
 
-def test_environment_wins_and_is_checked(
-    no_headers: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_environment_wins_and_is_checked(no_headers: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     debian(no_headers, "6.1.0-56")
     monkeypatch.setenv("BCC_KERNEL_SOURCE", str(tmp_path / "nowhere"))
     with pytest.raises(Final, match=r"BCC_KERNEL_SOURCE is .*nowhere"):
@@ -73,9 +69,7 @@ def test_environment_wins_and_is_checked(
     assert hold_load.find_headers() == hold_load.Headers(tmp_path / "tree")
 
 
-def test_missing_bcc_is_named_with_the_package_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_bcc_is_named_with_the_package_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(hold_load, "DEBIAN_BCC", tmp_path / "bcc")
     with pytest.raises(Final, match=r"no_bcc: .*apt install python3-bpfcc"):
@@ -83,7 +77,8 @@ def test_missing_bcc_is_named_with_the_package_to_install(
 
 
 def test_only_the_one_package_of_debian_becomes_importable(tmp_path: Path) -> None:
-    """In a process of its own: an import cannot be taken back."""
+    """In a process of its own, since an import cannot be taken back, and without site-packages (-S), which may hold
+    a bcc: that one would rightly win."""
     for name in ("bcc", "other"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("from . import part\n" if name == "bcc" else "")
@@ -94,7 +89,7 @@ def test_only_the_one_package_of_debian_becomes_importable(tmp_path: Path) -> No
         "print('bcc.part' in sys.modules, importlib.util.find_spec('other'))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment()
+        [sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True, env=environment()
     )
     assert done.stdout.split() == ["True", "None"]
 

@@ -6,22 +6,27 @@ import fcntl
 import hashlib
 import mmap
 import os
-import random
 import signal
 import struct
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 import pytest
 from midstream_runtime.contract.errors import Final, Retryable
 from midstream_runtime.contract.pool import (
+    ENTRY_BYTES,
     HEADER,
     HEADER_BYTES,
     ROOT_HASH,
+    SEQUENCE,
     PoolLayout,
     PoolLayoutError,
     PoolView,
+    SlotInfo,
     SlotState,
     block_hash,
     checksum,
@@ -30,7 +35,6 @@ from midstream_runtime.contract.pool import (
 LAYOUT = PoolLayout(
     slots=8, block_tokens=16, layers=4, kv_heads=2, head_dim=16, dtype="float16", model_fingerprint="ab" * 16
 )
-KILLS = int(os.environ.get("MIDSTREAM_KILLS", "60"))
 
 
 @pytest.fixture
@@ -82,9 +86,7 @@ def test_damaged_header_is_refused() -> None:
             bad = bytearray(good)
             bad[at] ^= flip
             try:
-                assert PoolLayout.unpack(bytes(bad), LAYOUT.total_bytes) == LAYOUT, (
-                    f"byte {at} is not checked"
-                )
+                assert PoolLayout.unpack(bytes(bad), LAYOUT.total_bytes) == LAYOUT, f"byte {at} is not checked"
             except PoolLayoutError:
                 continue
             pytest.fail(f"byte {at} can be changed unseen")
@@ -106,9 +108,7 @@ def test_torch_rows_are_the_shared_bytes(pool: Any, torch: ModuleType) -> None:
 def test_only_reserved_slots_are_adopted_and_only_once(pool: Any) -> None:
     own, reserved = pool.allocate(2), pool.reserve(2)
     view = other_mapping(pool)
-    assert [view.info(slot).state for slot in own + reserved] == [SlotState.OPEN] * 2 + [
-        SlotState.RESERVED
-    ] * 2
+    assert [view.info(slot).state for slot in own + reserved] == [SlotState.OPEN] * 2 + [SlotState.RESERVED] * 2
     for slots in (own, [reserved[0]] * 2, [reserved[0], 7], [99]):
         with pytest.raises(Final, match="kv_not_reserved"):
             pool.adopt(slots)
@@ -159,57 +159,146 @@ def test_block_hash_is_the_canonical_cbor_chain() -> None:
     assert block_hash(block_hash(ROOT_HASH, ids), ids) != block_hash(ROOT_HASH, ids)
 
 
-def _scribble(pool: Any) -> None:
-    """Endless writer: whole slots of one byte, sealed, freed."""
-    rng = random.Random(os.getpid())
-    while True:
+def _write_a_block(pool: Any) -> None:
+    """One life of a block, its data in two halves: taken, filled, sealed, freed, wiped, taken and filled again."""
+    half = LAYOUT.slot_bytes // 2
+    for fill in (b"\x11", b"\x22"):
         (slot,) = pool.allocate(1)
-        pool.view.slot(slot)[:] = bytes([rng.randrange(256)]) * LAYOUT.slot_bytes
+        pool.view.slot(slot)[:half] = fill * half
+        pool.view.slot(slot)[half:] = fill * half
         pool.seal(slot, ROOT_HASH, [1] * 16)
-        if pool.free_slots == 0:
-            pool.release(list(range(LAYOUT.slots)))
+        if fill == b"\x11":
+            pool.release([slot])
 
 
-def test_reader_never_takes_a_torn_block_when_the_writer_is_killed(torch: ModuleType) -> None:
-    """The rule for readers: an even sequence, state SEALED, and after the copy the same entry and the
-    checksum."""
-    from midstream_runtime.pool import KvPool
+class Writer:
+    """A process that writes a block, one line of source at a time: `step` lets it go on to the next line."""
 
-    rng, good, torn = random.Random(1), 0, 0
-    for _ in range(KILLS):
-        pool = KvPool(LAYOUT, populate=False)
-        child = os.fork()
-        if child == 0:
+    def __init__(self, pool: Any) -> None:
+        go_out, self._go = os.pipe()
+        self._told, told_in = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(self._go)
             try:
-                _scribble(pool)
+                self._run(pool, go_out, told_in)
             finally:
                 os._exit(1)
-        view = other_mapping(pool)
-        for _ in range(rng.randrange(20, 200)):
-            slot = rng.randrange(LAYOUT.slots)
-            at = HEADER_BYTES + slot * 64
-            if struct.unpack_from("<I", view.memory, at)[0] % 2:
-                torn += 1
-                continue
-            before = view.info(slot)
-            copy = bytes(view.slot(slot))
-            if before.state != SlotState.SEALED:
-                continue
-            if checksum(copy) != before.checksum:
-                torn += 1
-                continue
-            assert len(set(copy)) == 1, "a torn block was taken for a good one"
-            good += 1
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        os.close(go_out)
+        os.close(told_in)
+        self.running = bool(os.read(self._told, 1))
+
+    @staticmethod
+    def _run(pool: Any, go: int, told: int) -> None:
+        traced = {_write_a_block.__code__.co_filename, type(pool)._write.__code__.co_filename}
+
+        def trace(frame: FrameType, event: str, _: object) -> Any:
+            if frame.f_code.co_filename not in traced:
+                return None
+            if event == "line":
+                os.write(told, b".")
+                if not os.read(go, 1):
+                    os._exit(0)  # the test has gone
+            return trace
+
+        sys.settrace(trace)
+        _write_a_block(pool)
+        sys.settrace(None)
+        os._exit(0)
+
+    def step(self) -> None:
+        os.write(self._go, b".")
+        self.running = bool(os.read(self._told, 1))
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        os.close(self._go)
+        os.close(self._told)
+
+
+def entry_of(view: PoolView, slot: int) -> SlotInfo | None:
+    """The slot's entry; None while the writer is (or was killed) in the middle of it."""
+    at = HEADER_BYTES + slot * ENTRY_BYTES
+    return None if SEQUENCE.unpack_from(view.memory, at)[0] % 2 else view.info(slot)
+
+
+def may_be_taken(before: SlotInfo | None, copy: bytes, after: SlotInfo | None) -> bool:
+    """The rule for readers: an even sequence, state SEALED, and after the copy the same entry and the checksum."""
+    return (
+        before is not None
+        and before.state == SlotState.SEALED
+        and before == after
+        and checksum(copy) == before.checksum
+    )
+
+
+@pytest.fixture
+def one_slot(torch: ModuleType) -> Iterator[Callable[[], tuple[Any, PoolView]]]:
+    """Makes pools of one slot, so that a block's second life is in the place of its first; closes them."""
+    from midstream_runtime.pool import KvPool
+
+    pools: list[Any] = []
+
+    def make() -> tuple[Any, PoolView]:
+        pools.append(KvPool(replace(LAYOUT, slots=1), populate=False))
+        return pools[-1], other_mapping(pools[-1])
+
+    yield make
+    for pool in pools:
         pool.close()
-    print(f"good {good}, torn and rejected {torn}")
+
+
+def test_a_writer_killed_at_any_line_leaves_no_torn_block_that_a_reader_takes(
+    one_slot: Callable[[], tuple[Any, PoolView]],
+) -> None:
+    """SIGKILL before each line of the writer in turn: what it leaves is whole, or is not taken."""
+    lines, good, torn = 0, 0, 0
+    while True:
+        pool, view = one_slot()
+        writer = Writer(pool)
+        for _ in range(lines):
+            writer.step()
+        ended = not writer.running
+        writer.kill()
+        entry, copy = entry_of(view, 0), bytes(view.slot(0))
+        torn += entry is None
+        if may_be_taken(entry, copy, entry):
+            assert copy in (b"\x11" * LAYOUT.slot_bytes, b"\x22" * LAYOUT.slot_bytes), (
+                f"a torn block was taken, writer killed at its line {lines}"
+            )
+            good += 1
+        if ended:
+            break
+        lines += 1
+    assert torn >= 6, "three entries are written, and each is torn before at least two of its lines"
+    assert good >= 2, "after the first seal, and at the end"
+
+
+def test_a_reader_whose_copy_takes_long_never_takes_a_block_that_changed_meanwhile(
+    one_slot: Callable[[], tuple[Any, PoolView]],
+) -> None:
+    """A reader that looked at the entry before line i and copies before line j, for all i <= j."""
+    pool, view = one_slot()
+    writer = Writer(pool)
+    seen: list[SlotInfo | None] = []
+    good, changed = 0, 0
+    while writer.running:
+        after, copy = entry_of(view, 0), bytes(view.slot(0))
+        seen.append(after)
+        for before in seen:
+            sealed = before is not None and before.state == SlotState.SEALED
+            if may_be_taken(before, copy, after):
+                assert copy in (b"\x11" * LAYOUT.slot_bytes, b"\x22" * LAYOUT.slot_bytes)
+                good += 1
+            elif sealed:
+                changed += 1
+        writer.step()
+    writer.kill()
     assert good > 0
-    assert torn > 0, "the writer never was in the middle of anything: the test sees nothing"
+    assert changed > 0, "no sealed block was freed behind the reader's back: the test sees nothing"
 
 
 def test_contract_needs_neither_torch_nor_the_engine() -> None:
     source = Path(__file__).resolve().parents[3] / "runtime/midstream_runtime/contract/pool.py"
-    assert "torch" not in {
-        line.split()[1] for line in source.read_text().splitlines() if line.startswith("import ")
-    }
+    assert "torch" not in {line.split()[1] for line in source.read_text().splitlines() if line.startswith("import ")}
