@@ -73,6 +73,7 @@ class EngineClient:
         self._info: EngineInfo | None = None
         self._pool_fd: int | None = None
         self._lost: MidstreamError | None = None
+        self._gone = asyncio.Event()
         self._fds: list[int] = []
         self.on_lost: Callable[[MidstreamError], None] | None = None
 
@@ -98,6 +99,10 @@ class EngineClient:
         if self._pool_fd is not None:
             os.close(self._pool_fd)
             self._pool_fd = None
+
+    async def lost(self) -> None:
+        """Returns when the engine is gone."""
+        await self._gone.wait()
 
     # Engine
 
@@ -301,6 +306,7 @@ class EngineClient:
         if self._lost is not None:
             return
         self._lost = error
+        self._gone.set()
         self._loop.remove_reader(self._sock)
         self._loop.remove_writer(self._sock)
         self._sock.close()

@@ -33,7 +33,7 @@ class Connection:
     """Owns `sock`. Methods are for the event loop's thread."""
 
     __slots__ = (
-        "_closing", "_fin_sent", "_forget", "_frozen", "_linger", "_loop", "_out", "_rounds", "_writing",
+        "_closing", "_fin_sent", "_forget", "_frozen", "_linger", "_loop", "_out", "_reading", "_rounds", "_writing",
         "eof", "handler", "id", "sock",
     )  # fmt: skip
 
@@ -48,6 +48,7 @@ class Connection:
         self._loop = asyncio.get_running_loop()
         self._forget = forget
         self._out = bytearray()
+        self._reading = True
         self._writing = False
         self._frozen = True
         self._closing = False
@@ -83,10 +84,23 @@ class Connection:
         """Send what is queued, then a FIN, then wait for the client's; the handler hears no more."""
         if self._closing or self.closed:
             return
+        self.read_more(True)  # until the client's FIN
         self._closing = True
         self.handler = None
         if not self._frozen:
             self._finish()
+
+    def read_more(self, wanted: bool) -> None:
+        """Whether bytes are read now; while not, TCP slows the client down. Not part of the state that travels."""
+        if wanted == self._reading or self._closing or self.closed:
+            return
+        self._reading = wanted
+        if self._frozen or self.eof:
+            return
+        if wanted:
+            self._loop.add_reader(self.sock.fileno(), self._on_readable)
+        else:
+            self._loop.remove_reader(self.sock.fileno())
 
     def local(self) -> tuple[str, int]:
         return _plain(self.sock.getsockname())
@@ -110,7 +124,7 @@ class Connection:
         if self.closed:
             return
         self._frozen = False
-        if not self.eof:
+        if self._reading and not self.eof:
             self._loop.add_reader(self.sock.fileno(), self._on_readable)
         if self._closing:
             self._finish()

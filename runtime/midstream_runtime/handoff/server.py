@@ -94,6 +94,13 @@ class Handoff:
         sock.setblocking(False)
         self._listeners.append(sock)
 
+    def stop_listening(self) -> None:
+        """No new clients; those that are connected stay."""
+        for listener in self._listeners:
+            asyncio.get_running_loop().remove_reader(listener.fileno())
+            listener.close()
+        self._listeners.clear()
+
     def accept_all(self) -> int:
         """Accept until the kernel has no more; how many came."""
         accepted = 0
@@ -132,9 +139,7 @@ class Handoff:
         finally:
             for task in list(self._sessions):
                 task.cancel()
-            for listener in self._listeners:
-                loop.remove_reader(listener.fileno())
-                listener.close()
+            self.stop_listening()
             control.close()
             for connection in list(self.connections.values()):
                 connection.drop()

@@ -119,7 +119,7 @@ class Demo:
         return pods
 
     def _curl(self, client: Client, prompt: str, name: str) -> Stream:
-        body = {"model": "tiny", "prompt": prompt, "max_tokens": self.tokens, "temperature": 0, "stream": True,
+        body = {"model": "midstream-tiny", "prompt": prompt, "max_tokens": self.tokens, "temperature": 0, "stream": True,
                 "ignore_eos": True}  # fmt: skip
         out = self.folder / f"{name}.sse"
         argv = ["curl", "-sS", "-N", "--max-time", str(120 + 10 * self.move_seconds), "-o", str(out),
