@@ -26,6 +26,7 @@ from midstream_agent import failpoints, peer, pods, tcp
 from midstream_agent.contract import agent_pb2 as pb
 from midstream_agent.handoff import HandoffClient
 from midstream_agent.hold import FLOW_HELD
+from midstream_agent.hold_layout import NOTE, NOTE_DATA, NOTE_FIN, NOTE_RST, NOTE_RST_SEEN, NOTE_SEG
 from midstream_agent.journal import Journal, journals
 from midstream_agent.kv import Geometry, PoolView
 from midstream_agent.node import Attached, Node
@@ -33,7 +34,7 @@ from midstream_agent.node import Attached, Node
 log = logging.getLogger(__name__)
 
 NEW, PREPARED, RESTORED, ACTIVATED, DISCARDED = "NEW", "PREPARED", "RESTORED", "ACTIVATED", "DISCARDED"
-NOTE_SEG = 1
+NOTE_PAYLOAD = NOTE_DATA | NOTE_FIN
 
 
 @dataclass(slots=True)
@@ -466,11 +467,16 @@ async def fds_of(handoff: HandoffClient, job_id: str) -> list[int]:
 
 
 def bring_up(node: Node, batch: tcp.Batch, fds: list[int], keys: bytes, notes: bytes, *, thaw: bool) -> None:
-    """Make held flows live: gate open, queues to what the client has seen, its kept segment, then the rest."""
+    """Make held flows live: places in the streams first, then the gate, the clients' kept segments, then the rest.
+
+    The gate opens only when no socket is in repair any more: a restored one would take a client's packet like any
+    other, acknowledge it with a timestamp of this host's own clock, and lose its bytes when it is seated again.
+    """
     count = len(fds)
-    node.hold.delete_flows(keys, count)
     begin, finish = (batch.thaw_begin, batch.thaw_finish) if thaw else (batch.activate_begin, batch.activate_finish)
     problems = [begin(fds, notes)]
+    node.hold.delete_flows(keys, count)
+    notes = with_late_payloads(notes, node.hold.read_notes(keys, count))
     node.injector.play(batch.client_packets(notes, tcp.PRIME))
     node.injector.play(batch.client_packets(notes, tcp.PLAY))
     problems.append(finish(fds, notes))
@@ -478,6 +484,19 @@ def bring_up(node: Node, batch: tcp.Batch, fds: list[int], keys: bytes, notes: b
         for i, error in enumerate(errors):
             if error:
                 log.error("flow %d of the batch: %s", i, tcp.strerror(error))
+
+
+def with_late_payloads(notes: bytes, late: bytes) -> bytes:
+    """Add what clients sent while their sockets were being seated; acks and windows stay those of the seats."""
+    merged = bytearray(notes)
+    for at in range(0, len(late), NOTE.size):
+        came, have = (struct.unpack_from("=I", x, at + 4)[0] for x in (late, notes))
+        if came & NOTE_PAYLOAD and not have & (NOTE_PAYLOAD | NOTE_RST | NOTE_RST_SEEN):
+            ours, theirs = list(NOTE.unpack_from(notes, at)), NOTE.unpack_from(late, at)
+            ours[1] |= came & NOTE_PAYLOAD
+            ours[7:9], ours[12] = theirs[7:9], theirs[12]  # data_seq, data_len, data
+            NOTE.pack_into(merged, at, *ours)
+    return bytes(merged)
 
 
 def merge_notes(ours: bytes, theirs: bytes, count: int) -> bytes:

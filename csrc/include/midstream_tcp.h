@@ -18,14 +18,14 @@
  *     ms_tcp_flow_ctl() -> the hold answers
  *   5 ms_tcp_encode() ----------------------> ms_tcp_decode(); gate the flows
  *                                             ms_tcp_restore(blank fds)
- *   6 commit, with the hold's notes --------> open the gate
- *     close(fds): no FIN, no RST              ms_tcp_activate_begin(notes)
+ *   6 commit, with the hold's notes --------> ms_tcp_activate_begin(notes)
+ *     close(fds): no FIN, no RST              open the gate
  *                                             play ms_tcp_client_packets(PRIME)
  *                                             play ms_tcp_client_packets(PLAY)
  *                                             ms_tcp_activate_finish(notes)
  *
  *   rollback at the source, any time before the commit:
- *     open the gate; ms_tcp_thaw_begin(notes); play PRIME, PLAY;
+ *     ms_tcp_thaw_begin(notes); open the gate; play PRIME, PLAY;
  *     ms_tcp_thaw_finish(notes)
  *   giving up at the target: close(blank fds). A socket in repair mode says
  *     nothing when it is closed, whoever closes it.
