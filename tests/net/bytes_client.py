@@ -21,6 +21,8 @@ from typing import Any
 PERIOD = 65_521  # prime: no power-of-two shift maps the pattern onto itself
 CHUNK = 16_384
 PAUSE_SHARE = 0.3
+LONGEST_PAUSE_S = 0.6
+READ_BYTES = 65_536  # what the pod reads at a time
 
 
 def pattern(seed: int) -> bytes:
@@ -37,36 +39,52 @@ def piece(data: bytes, offset: int, length: int) -> bytes:
 
 @dataclass
 class Plan:
-    """What one connection does. Sizes in bytes; pauses in seconds, drawn before each chunk."""
+    """What one connection does. Sizes in bytes; pauses in seconds, one after some of the pieces read or written."""
 
     seed: int
     up: int
     down: int
-    client_pause_s: float
-    server_pause_s: float
     chunk: int
+    client_writes_s: float
+    client_reads_s: float
+    server_writes_s: float
+    server_reads_s: float
 
     @classmethod
     def draw(cls, seed: int, options: dict[str, Any]) -> Plan:
         r = random.Random(seed)
         kind = options.get("kind") or r.choice(["up", "down", "both"])
-        size = options.get("size") or int(10 ** r.uniform(2, 6.3))
+        size = options.get("size") or int(10 ** r.uniform(*options.get("size_log10", (2, 6.3))))
         chunk = r.choice([100, 1000, CHUNK]) if size < 200_000 else CHUNK
-        # a chunk is followed by a pause three times in ten; drawn uniformly from 0 to twice the mean
-        pause_s = 2 * options.get("seconds", 2.0) * chunk / size / PAUSE_SHARE
-        slow = r.choice(["client", "server", "both"])
+        seconds = options.get("seconds", 2.0)
+        up_writes, up_reads = _pauses(r, seconds, size, chunk, min(size, READ_BYTES))
+        down_writes, down_reads = _pauses(r, seconds, size, chunk, chunk)
         return cls(
             seed,
             up=size if kind in ("up", "both") else 0,
             down=size if kind in ("down", "both") else 0,
-            client_pause_s=min(pause_s, 0.5) if slow != "server" else 0.0,
-            server_pause_s=min(pause_s, 0.5) if slow != "client" else 0.0,
             chunk=chunk,
+            client_writes_s=up_writes,
+            client_reads_s=down_reads,
+            server_writes_s=down_writes,
+            server_reads_s=up_reads,
         )
 
     def header(self) -> bytes:
-        body = {"seed": self.seed, "up": self.up, "down": self.down, "pause": self.server_pause_s, "chunk": self.chunk}
+        body: dict[str, float] = {"seed": self.seed, "up": self.up, "down": self.down, "chunk": self.chunk}
+        body |= {"read_pause_s": self.server_reads_s, "write_pause_s": self.server_writes_s}
         return json.dumps(body).encode() + b"\n"
+
+
+def _pauses(r: random.Random, seconds: float, size: int, written: int, read: int) -> tuple[float, float]:
+    """Longest pauses of a writer and a reader who take that many bytes at a time, to last for about `seconds`.
+
+    Mostly the reader is the slow one: then the queues between them are full.
+    """
+    slow = r.choices(["reader", "writer", "both"], [6, 2, 2])[0]
+    # three pieces in ten are followed by a pause, drawn uniformly from nothing to twice the mean
+    writer, reader = (min(2 * seconds * part / size / PAUSE_SHARE, LONGEST_PAUSE_S) for part in (written, read))
+    return (writer if slow != "reader" else 0.0), (reader if slow != "writer" else 0.0)
 
 
 @dataclass
@@ -85,8 +103,8 @@ async def _upload(sock: socket.socket, plan: Plan, r: random.Random, out: Outcom
         await loop.sock_sendall(sock, chunk)
         offset += len(chunk)
         out.sent += len(chunk)
-        if plan.client_pause_s and r.random() < PAUSE_SHARE:
-            await asyncio.sleep(r.uniform(0, plan.client_pause_s))
+        if plan.client_writes_s and r.random() < PAUSE_SHARE:
+            await asyncio.sleep(r.uniform(0, plan.client_writes_s))
 
 
 async def _download(sock: socket.socket, plan: Plan, r: random.Random, out: Outcome, idle_s: float) -> None:
@@ -106,8 +124,8 @@ async def _download(sock: socket.socket, plan: Plan, r: random.Random, out: Outc
             at += len(want)
         offset += len(body)
         out.received += len(body)
-        if plan.client_pause_s and r.random() < PAUSE_SHARE:
-            await asyncio.sleep(r.uniform(0, plan.client_pause_s))
+        if plan.client_reads_s and r.random() < PAUSE_SHARE:
+            await asyncio.sleep(r.uniform(0, plan.client_reads_s))
     if offset != plan.down or trailer != b"OK":
         raise ValueError(f"ended after {offset} of {plan.down} bytes with {trailer[:80]!r}")
 

@@ -1,118 +1,186 @@
-"""interim byte pod"""
-import fcntl,termios,asyncio,socket,sys,os,json,array,struct,random
-sys.path.insert(0,os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0,'/work/main/tests/net')
-from bytes_client import pattern,piece
-from midstream_runtime.contract import handoff as wire
-class Conn:
-    def __init__(s,sock,st=None):
-        s.sock=sock; s.id=id(s); s.st=st or dict(head="",up=-1,upo=0,down=0,downo=0,seed=0,pause=0,chunk=1000,bad="",tail=0); s.on=False; s.timer=None
-    def start(s):
-        s.on=True; s.loop=asyncio.get_running_loop(); s.loop.add_reader(s.sock.fileno(),s.read); s.kick()
-    def stop(s):
-        s.on=False; s.loop.remove_reader(s.sock.fileno()); s.loop.remove_writer(s.sock.fileno())
-        if s.timer: s.timer.cancel(); s.timer=None
-    def close(s): s.stop(); s.sock.close(); conns.pop(s.id,None)
-    def read(s):
-        t=s.st
-        try: d=s.sock.recv(65536)
-        except BlockingIOError: return
-        except OSError: return s.close()
-        if not d: s.loop.remove_reader(s.sock.fileno()); return
-        if t['up']<0:
-            t['head']+=d.decode('latin1'); 
-            if '\n' not in t['head']: return
-            h,rest=t['head'].split('\n',1); j=json.loads(h); t.update(seed=j['seed'],up=j['up'],down=j['down'],pause=j['pause'],chunk=j['chunk'],head=''); d=rest.encode('latin1'); s.kick()
-        pat=pattern(t['seed']) if not hasattr(s,'pu') else s.pu; s.pu=pat
-        at=0
-        while at<len(d):
-            w=piece(pat,t['upo']+at,len(d)-at)
-            if d[at:at+len(w)]!=w and not t['bad']: t['bad']=f"upload differs at {t['upo']+at}"
-            at+=len(w)
-        t['upo']+=len(d); s.finish()
-    def kick(s):
-        if s.on and s.st['up']>=0: s.loop.add_writer(s.sock.fileno(),s.write)
-    def finish(s):
-        if s.st['upo']>=s.st['up'] and s.st['downo']>=s.st['down']: s.kick()
-    def write(s):
-        t=s.st
-        if not hasattr(s,'pd'): s.pd=pattern(t['seed']+1)
-        try:
-            if t['downo']<t['down']:
-                t['downo']+=s.sock.send(piece(s.pd,t['downo'],min(t['chunk'],t['down']-t['downo'])))
-                if t['pause'] and random.random()<.3:
-                    s.loop.remove_writer(s.sock.fileno()); s.timer=s.loop.call_later(random.uniform(0,t['pause']),s.kick)
-            elif t['upo']>=t['up']:
-                m=(t['bad'] or 'OK').encode()[t['tail']:]
-                if m: t['tail']+=s.sock.send(m)
-                if t['tail']>=len((t['bad'] or 'OK')):
-                    s.loop.remove_writer(s.sock.fileno())
-                    if struct.unpack('i',fcntl.ioctl(s.sock.fileno(),termios.TIOCOUTQ,b'\0'*4))[0]==0: s.close()
-                    else: s.timer=s.loop.call_later(.005,s.kick)
-            else: s.loop.remove_writer(s.sock.fileno())
-        except BlockingIOError: pass
-        except OSError: s.close()
-conns={}; jobs={}
-async def frames(c,w):pass
-def main():
-    port=int(sys.argv[1])
-    async def run():
-        loop=asyncio.get_running_loop()
-        ls=socket.socket(socket.AF_INET6); ls.setsockopt(socket.SOL_SOCKET,socket.SO_REUSEADDR,1); ls.setsockopt(socket.IPPROTO_IPV6,socket.IPV6_V6ONLY,0)
-        ls.bind(('::',port)); ls.listen(4096); ls.setblocking(False)
-        def acc():
-            n=0
-            while True:
-                try: k,_=ls.accept()
-                except BlockingIOError: return n
-                k.setblocking(False); c=Conn(k); conns[c.id]=c; c.start(); n+=1
-        loop.add_reader(ls.fileno(),acc)
-        path=os.environ.get('MIDSTREAM_HANDOFF','/run/midstream/handoff.sock')
-        hs=socket.socket(socket.AF_UNIX); hs.bind(path); hs.listen(); hs.setblocking(False)
-        print('ready',flush=True)
-        while True:
-            k,_=await loop.sock_accept(hs); k.setblocking(False); asyncio.ensure_future(serve(k,acc))
-    def addr(c): 
-        a=c.sock.getsockname(); return [a[0].removeprefix('::ffff:'),a[1]]
-    async def send(k,h,p=b'',fds=()):
-        fds=list(fds); first=True
-        while first or fds:
-            first=False; part,fds=fds[:253],fds[253:]
-            d=wire.encode({**h,'fds':len(part),'more':bool(fds)},b'' if fds else p)
-            n=k.sendmsg([d],[(socket.SOL_SOCKET,socket.SCM_RIGHTS,array.array('i',part))] if part else [])
-            await asyncio.get_running_loop().sock_sendall(k,d[n:])
-    async def serve(k,acc):
-        loop=asyncio.get_running_loop(); buf=bytearray()
-        while True:
-            while wire.missing(buf)>0:
-                d=await loop.sock_recv(k,65536)
-                if not d: k.close(); return
-                buf+=d
-            h,p,n=wire.decode(buf); del buf[:n]; kind=h['kind']; i=h['id']; job=h.get('job')
-            r={'id':i,'kind':kind}; fds=[]; pl=b''
-            if kind=='hello': r.update(version=1,min_version=1,pod_kind='bytes',model=None,listeners=[{'address':'::','port':port,'family':6}],pool=None)
-            elif kind=='settle': r['accepted']=acc()
-            elif kind=='streams': r['streams']=[{'id':c.id,'local':addr(c),'remote':list(c.sock.getpeername()[:2]),'movable':True,'reason':'','state':'x','tokens':0,'kv_bytes':0} for c in conns.values() if addr(c)[0] in h['addresses']]
-            elif kind=='pause':
-                if job not in jobs:
-                    ex=set(h.get('exclude',[])); cs=[c for c in conns.values() if addr(c)[0] in h['addresses'] and c.id not in ex]
-                    for c in cs: c.stop()
-                    jobs[job]=cs
-                cs=jobs[job]; r['streams']=[{'id':c.id} for c in cs]; r['kv']=[]; pl=json.dumps([c.st for c in cs]).encode(); fds=[c.sock.fileno() for c in cs]
-            elif kind=='resume':
-                for c in jobs.pop(job,[]): c.start()
-            elif kind=='release':
-                for c in jobs.pop(job,[]): c.sock.close(); conns.pop(c.id,None)
-            elif kind=='blank':
-                jobs[job]=[socket.socket(socket.AF_INET if f==4 else socket.AF_INET6) for f in h['families']]
-                for s in jobs[job]: s.setblocking(False)
-                fds=[s.fileno() for s in jobs[job]]
-            elif kind=='stage': jobs[job]=[Conn(s,st) for s,st in zip(jobs[job],json.loads(p))]
-            elif kind=='activate':
-                for c in jobs.pop(job): conns[c.id]=c; c.start()
-            elif kind=='discard':
-                for c in jobs.pop(job,[]): (c.sock if isinstance(c,Conn) else c).close()
-            elif kind=='fds': fds=[(c.sock if isinstance(c,Conn) else c).fileno() for c in jobs.get(job,[])]
-            await send(k,r,pl,fds)
-    asyncio.run(run())
-main()
+"""The byte server: what tests/net/bytes_client.py talks to, on the handoff library, so that it can change nodes.
+
+    python bytes_pod.py 8000 PATH_MTU
+
+A client says in one JSON line what it will send and wants to get. The pod checks each byte that comes, sends the
+bytes that were asked for, and when both are done its verdict and a FIN. It reads and writes with random pauses, so
+that a migration finds queues in every state: unread bytes here, unsent bytes here and in the kernel, or nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+from bytes_client import PAUSE_SHARE, pattern, piece
+from midstream_runtime.handoff import App, Connection, Handler, Handoff, Movable, Paused
+
+
+@dataclass
+class State:
+    """All that moves with a stream beside what its connection holds."""
+
+    head: str = ""  # of the client's line, as long as it is not complete
+    seed: int = -1
+    up: int = 0
+    down: int = 0
+    read_pause_s: float = 0.0
+    write_pause_s: float = 0.0
+    chunk: int = 1000
+    received: int = 0
+    written: int = 0
+    verdict: str = "OK"
+
+
+class Stream:
+    """One client."""
+
+    def __init__(self, connection: Connection, state: State) -> None:
+        self.connection = connection
+        self.state = state
+        self._random = random.Random(f"{state.seed} {state.received} {state.written}")
+        self._patterns = _patterns(state.seed)
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+
+    # -- called by the library
+
+    def received(self, data: bytes) -> None:
+        if self.state.seed < 0:
+            self._read_line(data)
+        else:
+            self._check(data)
+
+    def eof(self) -> None:
+        self.rest()
+        self.connection.close()
+
+    def drained(self) -> None:
+        self._write()
+
+    def lost(self, error: OSError | None) -> None:
+        self.rest()
+
+    def movable(self) -> Movable:
+        return Movable()
+
+    def save(self) -> bytes:
+        return json.dumps(asdict(self.state)).encode()
+
+    # -- called by the app
+
+    def rest(self) -> None:
+        for timer in self._timers.values():
+            timer.cancel()
+        self._timers = {}
+
+    def go_on(self) -> None:
+        self.connection.read_more(True)
+        if self.state.seed >= 0:
+            self._write()
+
+    # -- the protocol
+
+    def _read_line(self, data: bytes) -> None:
+        head, end, rest = (self.state.head.encode("latin1") + data).partition(b"\n")
+        if not end:
+            self.state.head = head.decode("latin1")
+            return
+        self.state = State(**json.loads(head))
+        self._patterns = _patterns(self.state.seed)
+        self._check(rest)
+        self._write()
+
+    def _check(self, data: bytes) -> None:
+        state, at = self.state, 0
+        while at < len(data):
+            wanted = piece(self._patterns[0], state.received + at, len(data) - at)
+            if data[at : at + len(wanted)] != wanted and state.verdict == "OK":
+                state.verdict = f"byte {state.received + at} of {state.up} differs"
+            at += len(wanted)
+        state.received += len(data)
+        if state.received > state.up:
+            state.verdict = f"{state.received} bytes came of {state.up}"
+        if state.received >= state.up:
+            self._end()
+        elif self._pauses(state.read_pause_s):
+            self.connection.read_more(False)
+            self._later("read", state.read_pause_s, lambda: self.connection.read_more(True))
+
+    def _write(self) -> None:
+        """A piece at a time, until the kernel takes no more or a pause is due."""
+        state = self.state
+        while state.written < state.down:
+            if self.connection.unsent_bytes or self.connection.closed or "write" in self._timers:
+                return
+            data = piece(self._patterns[1], state.written, min(state.chunk, state.down - state.written))
+            state.written += len(data)
+            self.connection.write(data)
+            if self._pauses(state.write_pause_s):
+                self._later("write", state.write_pause_s, self._write)
+        self._end()
+
+    def _end(self) -> None:
+        if self.state.received >= self.state.up and self.state.written >= self.state.down:
+            self.connection.write(self.state.verdict.encode())
+            self.rest()
+            self.connection.close()
+
+    def _pauses(self, pause_s: float) -> bool:
+        return pause_s > 0 and self._random.random() < PAUSE_SHARE
+
+    def _later(self, what: str, pause_s: float, call: Callable[[], None]) -> None:
+        def fire() -> None:
+            del self._timers[what]
+            call()
+
+        loop = asyncio.get_running_loop()
+        self._timers[what] = loop.call_later(self._random.uniform(0, pause_s), fire)
+
+
+def _patterns(seed: int) -> tuple[bytes, bytes]:
+    """Of the client's bytes and of ours; built when the seed is known."""
+    return (pattern(seed), pattern(seed + 1)) if seed >= 0 else (b"", b"")
+
+
+class Bytes(App):
+    kind = "bytes"
+
+    def connected(self, connection: Connection) -> Stream:
+        return Stream(connection, State())
+
+    def restored(self, connection: Connection, state: bytes) -> Stream:
+        return Stream(connection, State(**json.loads(state)))
+
+    async def pause(self, handlers: Sequence[Handler]) -> Paused:
+        for stream in handlers:
+            assert isinstance(stream, Stream)
+            stream.rest()
+        return await super().pause(handlers)
+
+    async def resume(self, handlers: Sequence[Handler]) -> None:
+        _go_on(handlers)
+
+    async def activate(self, handlers: Sequence[Handler]) -> None:
+        _go_on(handlers)
+
+
+def _go_on(handlers: Sequence[Handler]) -> None:
+    for stream in handlers:
+        assert isinstance(stream, Stream)
+        if not stream.connection.closed:
+            stream.go_on()
+
+
+async def main(port: int, path_mtu_bytes: int) -> None:
+    handoff = Handoff(Bytes())
+    handoff.listen("::", port, path_mtu_bytes=path_mtu_bytes)
+    print("ready", flush=True)
+    await handoff.serve()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(int(sys.argv[1]), int(sys.argv[2])))

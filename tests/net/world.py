@@ -62,7 +62,9 @@ class World:
         for host in (a, b):
             fleet.start_agent(host, "--moved-linger-s", "2", *agent_options)
             world.pods[host.name] = fleet.run_pod(
-                host.add_pod(f"bytes-{host.name}"), [sys.executable, str(HERE / "bytes_pod.py"), str(PORT)], "bytes"
+                host.add_pod(f"bytes-{host.name}"),
+                [sys.executable, str(HERE / "bytes_pod.py"), str(PORT), str(vpc.mtu)],
+                "bytes",
             )
         for pod in world.pods.values():
             fleet.wait_ready(pod.name)
