@@ -87,6 +87,11 @@ class World:
         """Where a client can sit."""
         return {"outside": self.outside, "inside": self.inside, "node-a": self.a, "node-b": self.b}
 
+    def set_congestion_control(self, name: str) -> None:
+        """Of the pods' new connections."""
+        for pod in self.pods.values():
+            pod.set_congestion_control(name)
+
     def clients(self, where: Namespace, count: int, seed: int, **options: Any) -> Clients:
         body = {"address": V4, "port": PORT, "count": count, "seed": seed, **options}
         process = where.popen(
@@ -147,7 +152,9 @@ class World:
         """Agents cannot reach each other: the router drops what goes to or comes from that node's own address."""
         address = self.agent(name).host.ipv4
         rules = f"ip saddr {address} drop; ip daddr {address} drop;"
-        self.vpc.router.nft(f"table inet ms_cut {{ chain c {{ type filter hook forward priority -10; {rules} }} }}")
+        self.vpc.router.nft(
+            f"table inet ms_cut {{\nchain c {{\ntype filter hook forward priority -10;\n{rules}\n}}\n}}"
+        )
         try:
             yield
         finally:
