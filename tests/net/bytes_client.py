@@ -22,6 +22,7 @@ PERIOD = 65_521  # prime: no power-of-two shift maps the pattern onto itself
 CHUNK = 16_384
 PAUSE_SHARE = 0.3
 LONGEST_PAUSE_S = 0.6
+SLOW = ("reader", "writer", "both")  # a slow reader keeps the queues before it full
 READ_BYTES = 65_536  # what the pod reads at a time
 
 
@@ -57,8 +58,9 @@ class Plan:
         size = options.get("size") or int(10 ** r.uniform(*options.get("size_log10", (2, 6.3))))
         chunk = r.choice([100, 1000, CHUNK]) if size < 200_000 else CHUNK
         seconds = options.get("seconds", 2.0)
-        up_writes, up_reads = _pauses(r, seconds, size, chunk, min(size, READ_BYTES))
-        down_writes, down_reads = _pauses(r, seconds, size, chunk, chunk)
+        up_slow, down_slow = (options.get("slow") or r.choices(SLOW, [6, 2, 2])[0] for _ in range(2))
+        up_writes, up_reads = _pauses(up_slow, seconds, size, chunk, min(size, READ_BYTES))
+        down_writes, down_reads = _pauses(down_slow, seconds, size, chunk, chunk)
         return cls(
             seed,
             up=size if kind in ("up", "both") else 0,
@@ -76,12 +78,8 @@ class Plan:
         return json.dumps(body).encode() + b"\n"
 
 
-def _pauses(r: random.Random, seconds: float, size: int, written: int, read: int) -> tuple[float, float]:
-    """Longest pauses of a writer and a reader who take that many bytes at a time, to last for about `seconds`.
-
-    Mostly the reader is the slow one: then the queues between them are full.
-    """
-    slow = r.choices(["reader", "writer", "both"], [6, 2, 2])[0]
+def _pauses(slow: str, seconds: float, size: int, written: int, read: int) -> tuple[float, float]:
+    """Longest pauses of a writer and a reader who take that many bytes at a time, to last for about `seconds`."""
     # three pieces in ten are followed by a pause, drawn uniformly from nothing to twice the mean
     writer, reader = (min(2 * seconds * part / size / PAUSE_SHARE, LONGEST_PAUSE_S) for part in (written, read))
     return (writer if slow != "reader" else 0.0), (reader if slow != "writer" else 0.0)

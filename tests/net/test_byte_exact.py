@@ -1,13 +1,18 @@
-"""Byte-exact both ways: random sizes, random pauses of reader and writer, migrations at random instants, several hops.
+"""Byte-exact both ways: random sizes, random pauses of readers and writers, migrations at random instants, many hops.
 
 Each case runs clients from four places at once (outside the VPC, in it, on the source node, on the target node) while
-the pod's streams hop between the two hosts. Every client checks every byte it reads, the pod every byte it gets, and
-a reset, a hang or a byte that differs is an error of that connection. The last test of the file looks at all of them
-together: how many connections were migrated, and how many had bytes in a queue when they were frozen.
+the pod's streams hop back and forth between the two hosts. All is drawn from the case's seed. Every client checks
+every byte it reads, the pod every byte it gets; a reset, a hang, or a byte that differs is an error of that
+connection. The last test of the file looks at all cases together: how many connections were migrated, and how many
+had bytes in a queue when they were frozen. LONG=1 runs every case with ten seeds.
+
+What these tests found once: with the gate opened before the sockets had left repair (see target.bring_up), about one
+stream in 500 hung for ever.
 """
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections import Counter
@@ -18,8 +23,12 @@ import pytest
 from world import V4, V6, World
 
 MIGRATED_WANTED = 3000
-HOPS = 7
+HOPS = 5
 CLIENTS_A_PLACE = 16
+BUCKETS = ("0", "1-1k", "1k-16k", "16k-256k", "256k-4M", ">4M")
+FAMILIES = pytest.mark.parametrize("address", [V4, V6], ids=["v4", "v6"])
+CONGESTION = pytest.mark.parametrize("congestion", ["reno", "cubic", "bbr"])
+SEEDS = pytest.mark.parametrize("seed", range(1, 11 if os.environ.get("LONG") else 2))
 
 
 @dataclass
@@ -37,61 +46,85 @@ class Tally:
         for bucket, count in zip(BUCKETS, queues.get("histogram", []), strict=False):
             self.histogram[bucket] += int(count)
 
+    def __str__(self) -> str:
+        lines = [f"migrated connections: {self.migrated}, with bytes in a queue at the freeze: {self.with_bytes}"]
+        return "\n".join(lines + [f"  {bucket:>9} bytes queued: {self.histogram[bucket]}" for bucket in BUCKETS])
 
-BUCKETS = ("0", "1-1k", "1k-16k", "16k-256k", "256k-4M", ">4M")
+
 tally = Tally()
 
 
-def run_case(world: World, seed: int, **options: Any) -> None:
-    r = random.Random(seed)
+def run_case(world: World, case: str, seed: int, *addresses: str, hops: int = HOPS, **options: Any) -> None:
+    """Clients of every place on each address, and hops at random instants while they send and read."""
+    r = random.Random(f"{case} {seed}")
+    count = CLIENTS_A_PLACE // len(addresses)
     groups = [
-        world.clients(place, CLIENTS_A_PLACE, seed * 1000 + 100 * i, **{"spread_s": 0.3, **options})
-        for i, place in enumerate(world.places().values())
+        world.clients(
+            place, count, r.randrange(1 << 30), address=address, **{"seconds": 4.0, "spread_s": 0.2, **options}
+        )
+        for place in world.places().values()
+        for address in addresses
     ]
-    world.wait_streams(options["address"], CLIENTS_A_PLACE)
-    for _ in range(HOPS):
-        time.sleep(r.uniform(0.05, 0.4))
+    for address in addresses:
+        world.wait_streams(address, count if "spread_s" not in options else 1)
+    for _ in range(hops):
+        time.sleep(r.uniform(0, 0.35))
         report = world.hop()
         assert report["phase"] == "PHASE_SUCCEEDED", report["output"]
         tally.add(report)
-    results = [g.finish() for g in groups]
-    errors = [e for result in results for e in result["errors"]]
-    assert errors == []
-    assert sum(result["ok"] for result in results) == 4 * CLIENTS_A_PLACE
+    results = [group.finish() for group in groups]
+    assert [error for result in results for error in result["errors"]] == []
+    assert sum(result["ok"] for result in results) == 4 * count * len(addresses)
 
 
-# long enough to live through most of the hops
-SLOW = {"size": 4_000_000, "seconds": 6.0}
+@SEEDS
+@FAMILIES
+@CONGESTION
+def test_no_byte_is_lost_with_jumbo_frames(world: World, address: str, congestion: str, seed: int) -> None:
+    world.set_congestion_control(congestion)
+    run_case(world, f"jumbo {address} {congestion}", seed, address, congestion=congestion, size=2_500_000)
 
 
-@pytest.mark.parametrize("address", [V4, V6], ids=["v4", "v6"])
+@SEEDS
+@FAMILIES
+@CONGESTION
+def test_no_byte_is_lost_with_small_frames(small_world: World, address: str, congestion: str, seed: int) -> None:
+    small_world.set_congestion_control(congestion)
+    run_case(small_world, f"small {address} {congestion}", seed, address, congestion=congestion, size=2_500_000)
+
+
+@SEEDS
+@FAMILIES
 @pytest.mark.parametrize("kind", ["up", "down", "both"])
-def test_no_byte_is_lost_with_jumbo_frames(world: World, address: str, kind: str) -> None:
-    run_case(world, 100 + 10 * ["up", "down", "both"].index(kind) + (address == V6), address=address, kind=kind, **SLOW)
+def test_no_byte_is_lost_whatever_the_size(world: World, address: str, kind: str, seed: int) -> None:
+    """100 bytes to 5 MB; the small ones a trickle of small writes, as tokens are."""
+    run_case(world, f"sizes {address} {kind}", seed, address, kind=kind, size_log10=(2, 6.7))
 
 
-@pytest.mark.parametrize("congestion", ["reno", "cubic", "bbr"])
-@pytest.mark.parametrize("address", [V4, V6], ids=["v4", "v6"])
-def test_no_byte_is_lost_under_each_congestion_control(small_world: World, address: str, congestion: str) -> None:
-    seed = 200 + 10 * ["reno", "cubic", "bbr"].index(congestion) + (address == V6)
-    for pod in small_world.pods.values():
-        pod.set_congestion_control(congestion)
-    run_case(small_world, seed, address=address, congestion=congestion, **SLOW)
+@SEEDS
+def test_slow_clients_with_small_buffers_keep_the_server_blocked(world: World, seed: int) -> None:
+    """Nearly every freeze finds a full send queue here, and a full unread queue at the client."""
+    run_case(world, "blocked", seed, V4, kind="down", rcvbuf=16384, size=1_500_000, slow="reader")
 
 
-def test_clients_with_small_buffers_keep_the_send_queue_full(world: World) -> None:
-    """Server blocked: the client reads slowly into 16 kB, so nearly every freeze finds a full send queue."""
-    run_case(world, 300, address=V4, kind="down", rcvbuf=16384, size=1_500_000, seconds=6.0)
+@SEEDS
+def test_slow_servers_keep_their_unread_queues_full(small_world: World, seed: int) -> None:
+    run_case(small_world, "unread", seed, V6, kind="up", size=2_500_000, slow="reader")
 
 
-def test_short_connections_come_and_go_while_the_pod_moves(world: World) -> None:
-    run_case(world, 310, address=V4, seconds=1.5, spread_s=3.0)
+@SEEDS
+def test_both_families_move_in_one_job(small_world: World, seed: int) -> None:
+    run_case(small_world, "families", seed, V4, V6, size=2_500_000)
+
+
+@SEEDS
+def test_short_connections_come_and_go_while_the_pod_moves(world: World, seed: int) -> None:
+    """Handshakes, closes and half-closed connections fall into every step."""
+    run_case(world, "short", seed, V4, V6, seconds=0.5, spread_s=4.0, size_log10=(2, 5), hops=8)
 
 
 def test_enough_connections_were_migrated_with_bytes_in_their_queues() -> None:
     """Reads what the cases above left; on its own it has nothing to say and fails."""
-    print(f"\nmigrated connections: {tally.migrated}, with bytes in a queue at the freeze: {tally.with_bytes}")
-    for bucket in BUCKETS:
-        print(f"  {bucket:>9} bytes queued: {tally.histogram[bucket]}")
+    print(f"\n{tally}")
     assert tally.migrated >= MIGRATED_WANTED
     assert tally.with_bytes >= tally.migrated / 2
