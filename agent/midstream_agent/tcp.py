@@ -300,7 +300,8 @@ class Batch:
 
     def _check_notes(self, notes: bytes) -> None:
         if len(notes) != NOTE_BYTES * len(self):
-            raise Final("tcp_notes", f"{len(notes)} bytes of notes for {len(self)} flows: pass zeroed ones where none are")
+            why = f"{len(notes)} bytes of notes for {len(self)} flows: pass zeroed ones where none are"
+            raise Final("tcp_notes", why)
 
 
 def _info(s: Summary) -> Info:

@@ -25,9 +25,9 @@ from midstream_cli.inventory import Inventory, UsageError
 
 SWITCHOVERS = {"auto": pb.SWITCHOVER_UNSPECIFIED, "wait": pb.SWITCHOVER_WAIT, "steer": pb.SWITCHOVER_STEER}
 KV_MODES = {"auto": pb.KV_MODE_AUTO, "copy": pb.KV_MODE_COPY, "replay": pb.KV_MODE_REPLAY}
-PHASES = {getattr(pb, f"PHASE_{x.upper()}"): x for x in (
-    "Pending", "Preparing", "Switching", "Committing", "Succeeded", "Failed", "Aborted")} | {  # fmt: skip
-    pb.PHASE_ROLLED_BACK: "RolledBack", pb.PHASE_UNSPECIFIED: "Unknown"}  # fmt: skip
+_PLAIN = ("Pending", "Preparing", "Switching", "Committing", "Succeeded", "Failed", "Aborted")
+PHASES = {getattr(pb, f"PHASE_{name.upper()}"): name for name in _PLAIN}
+PHASES |= {pb.PHASE_ROLLED_BACK: "RolledBack", pb.PHASE_UNSPECIFIED: "Unknown"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -112,9 +112,10 @@ async def migrate(inventory: Inventory, args: argparse.Namespace, out: Callable[
 def _print_report(report: pb.JobReport, out: Callable[[str], Any]) -> None:
     counts = report.streams
     out(f"{PHASES[report.phase]}{f' ({report.reason})' if report.reason else ''}: {report.message}")
+    reasons = f" ({', '.join(report.unmovable_reasons)})" if report.unmovable_reasons else ""
     out(
         f"  streams: {counts.total} total, {counts.migrated} migrated, {counts.rolled_back} rolled back, "
-        f"{counts.unmovable} unmovable{' (' + ', '.join(report.unmovable_reasons) + ')' if report.unmovable_reasons else ''}"
+        f"{counts.unmovable} unmovable{reasons}"
     )
 
 
@@ -126,9 +127,8 @@ async def status(inventory: Inventory, args: argparse.Namespace, out: Callable[[
         for report in reply.jobs:
             if args.job in ("", report.job_id):
                 found += 1
-                out(
-                    f"{report.job_id:<28} {PHASES[report.phase]:<11} {report.source_node} -> {report.target_node}  {report.message}"
-                )
+                way = f"{report.source_node} -> {report.target_node}"
+                out(f"{report.job_id:<28} {PHASES[report.phase]:<11} {way}  {report.message}")
     if args.job and not found:
         out(f"no agent knows job {args.job}")
     return 0 if found or not args.job else 1

@@ -17,10 +17,12 @@ def test_the_committed_stubs_are_those_of_the_proto(tmp_path: Path) -> None:
             sys.executable, "-m", "grpc_tools.protoc", "-I", str(AGENT),
             f"--plugin=protoc-gen-mypy={plugins / 'protoc-gen-mypy'}",
             f"--plugin=protoc-gen-mypy_grpc={plugins / 'protoc-gen-mypy_grpc'}",
-            f"--python_out={tmp_path}", f"--mypy_out={tmp_path}", f"--grpc_python_out={tmp_path}", f"--mypy_grpc_out={tmp_path}",
+            f"--python_out={tmp_path}", f"--mypy_out={tmp_path}",
+            f"--grpc_python_out={tmp_path}", f"--mypy_grpc_out={tmp_path}",
             f"{CONTRACT}/agent.proto",
         ],
         check=True, capture_output=True,
     )  # fmt: skip
     for name in ("agent_pb2.py", "agent_pb2.pyi", "agent_pb2_grpc.py", "agent_pb2_grpc.pyi"):
-        assert (AGENT / CONTRACT / name).read_text() == (tmp_path / CONTRACT / name).read_text(), f"{name}: run make proto"
+        committed, generated = (root / CONTRACT / name for root in (AGENT, tmp_path))
+        assert committed.read_text() == generated.read_text(), f"{name}: run make proto"

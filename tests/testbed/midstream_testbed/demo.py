@@ -4,7 +4,8 @@ What happens, all of it with real parts but the network and EC2, which the testb
 
 1. two hosts, an agent on each, a serving pod (gateway + built-in engine) on each, one floating IP on the first;
 2. the answers without a migration are fetched, for comparison;
-3. `curl -N` streams the same prompts, `midstream migrate` moves the pod's streams in mid-answer;
+3. `curl -N` streams the same prompts, one more client is still uploading its request, and `midstream migrate` moves
+   the pod's streams in mid-answer;
 4. the source host is deleted before the last third of the answer;
 5. the client host's own capture says what the network saw, the report says it to people, build/demo.json to
    machines. Exit status 1 when anything was lost, doubled, reset, or differs.
@@ -35,7 +36,10 @@ PROMPTS = (
     "The license grants you", "When the program starts", "A file is a", "You may copy and distribute",
     "If the user asks", "The system reads", "This manual describes", "In order to protect",
 )  # fmt: skip
+UPLOAD_PROMPT = "The user of this computer"
 KV_SLOTS_A_STREAM = 72
+UPLOAD_BYTES, UPLOAD_BYTES_PER_S = 400 << 10, 100 << 10
+UPLOAD_TOKENS = 24
 
 
 @dataclass(slots=True)
@@ -58,6 +62,8 @@ class Play:
     """What was recorded of one run."""
 
     streams: list[Stream]
+    upload: Stream
+    """A client that was still sending its request: what it sends while it is held must not be lost."""
     report: dict[str, Any]
     network: Network
     missed_packets: int
@@ -94,16 +100,18 @@ class Demo:
             references = self._references(client)
             with client.capture() as capture:
                 running = self._start_curls(client, references)
+                self._wait_until(running, 1 / 4)
+                upload = self._start_upload(client, references)
                 self._wait_until(running, 1 / 3)
                 asked = time.time()
                 report = self._migrate(fleet, pods)
                 ended = time.time()
                 share = self._delete(source, running)
-                self._finish(running)
+                self._finish([*running, upload])
                 metrics = {} if self.without_hold else self._metrics(client)
                 packets = capture.stop()
             network = Network.read(packets, ADDRESS, GATEWAY_PORT)
-            return Play(running, report, network, capture.dropped or 0, metrics, share, (asked, ended))
+            return Play(running, upload, report, network, capture.dropped or 0, metrics, share, (asked, ended))
 
     def _serve(self, fleet: Fleet, source: Host, target: Host) -> list[Pod]:
         for host in (source, target):
@@ -118,19 +126,21 @@ class Demo:
         self.say(f"serving pods llm-0 and llm-1 are ready; clients connect to the floating IP {ADDRESS}")
         return pods
 
-    def _curl(self, client: Client, prompt: str, name: str) -> Stream:
-        body = {"model": "midstream-tiny", "prompt": prompt, "max_tokens": self.tokens, "temperature": 0, "stream": True,
-                "ignore_eos": True}  # fmt: skip
-        out = self.folder / f"{name}.sse"
+    def _curl(self, client: Client, prompt: str, name: str, tokens: int, *options: str, pad_bytes: int = 0) -> Stream:
+        body = {"model": "midstream-tiny", "prompt": prompt, "max_tokens": tokens, "temperature": 0,
+                "stream": True, "ignore_eos": True}  # fmt: skip
+        out, request = self.folder / f"{name}.sse", self.folder / f"{name}.json"
+        request.write_text(json.dumps(body) + " " * pad_bytes, encoding="utf-8")
         argv = ["curl", "-sS", "-N", "--max-time", str(120 + 10 * self.move_seconds), "-o", str(out),
-                "-H", "content-type: application/json", "-w", "%{local_port}", "-d", json.dumps(body),
-                f"http://{ADDRESS}:{GATEWAY_PORT}/v1/completions"]  # fmt: skip
+                "-H", "content-type: application/json", "-w", "%{local_port}", "--data-binary", f"@{request}",
+                *options, f"http://{ADDRESS}:{GATEWAY_PORT}/v1/completions"]  # fmt: skip
         return Stream(prompt, out, client.popen(argv, name=name))
 
     def _references(self, client: Client) -> dict[str, Answer]:
         """The same greedy answers without a migration."""
         prompts = PROMPTS[: self.streams]
-        running = [self._curl(client, p, f"reference-{i}") for i, p in enumerate(prompts)]
+        running = [self._curl(client, p, f"reference-{i}", self.tokens) for i, p in enumerate(prompts)]
+        running.append(self._curl(client, UPLOAD_PROMPT, "reference-upload", UPLOAD_TOKENS))
         self._finish(running)
         self.say(f"{len(prompts)} answers of {self.tokens} tokens fetched without a migration, for comparison")
         found = {s.prompt: s.answer() for s in running}
@@ -142,11 +152,19 @@ class Demo:
     def _start_curls(self, client: Client, references: dict[str, Answer]) -> list[Stream]:
         running = []
         for i in range(self.streams):
-            stream = self._curl(client, PROMPTS[i % len(PROMPTS)], f"stream-{i}")
+            stream = self._curl(client, PROMPTS[i % len(PROMPTS)], f"stream-{i}", self.tokens)
             stream.reference = references[stream.prompt]
             running.append(stream)
         self.say(f"{self.streams} x curl -N: streaming {self.tokens} tokens each, one every {self.pace_ms:g} ms")
         return running
+
+    def _start_upload(self, client: Client, references: dict[str, Answer]) -> Stream:
+        """A request that is mostly blanks and takes seconds to send."""
+        options = ("--limit-rate", str(UPLOAD_BYTES_PER_S), "--max-time", str(20 + 2 * self.move_seconds))
+        upload = self._curl(client, UPLOAD_PROMPT, "upload", UPLOAD_TOKENS, *options, pad_bytes=UPLOAD_BYTES)
+        upload.reference = references[UPLOAD_PROMPT]
+        self.say(f"one more client sends a request of {UPLOAD_BYTES >> 10} KiB, slowly")
+        return upload
 
     def _wait_until(self, running: list[Stream], share: float) -> None:
         end = time.monotonic() + 120
@@ -203,6 +221,10 @@ class Demo:
             "tokens_doubled": sum(doubled for _, doubled in harm),
             "identical_to_unmigrated": all(
                 a.identical_to(s.reference) and s.process.returncode == 0 for a, s in answers
+            ),
+            "uploads": 1,
+            "uploads_answered": int(
+                play.upload.answer().identical_to(play.upload.reference) and play.upload.process.returncode == 0
             ),
             "source_host": report.get("sourceNode", ""),
             "target_host": report.get("targetNode", ""),
@@ -270,7 +292,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         "--zero-kv", action="store_true", help="the control: moved KV is zeroed, the answer must change"
     )
     parser.add_argument("--json", type=Path, default=Path("build/demo.json"))
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name, least in (("streams", 1), ("tokens", 60), ("pace_ms", 0), ("move_seconds", 0)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
+    return args
 
 
 if __name__ == "__main__":

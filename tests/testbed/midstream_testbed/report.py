@@ -71,7 +71,8 @@ def _figures(r: dict[str, Any], paint: _Paint) -> list[str]:
     stall = r["stall_ms"]
     good = "IDENTICAL to the answers without a migration" if r["ok"] else "FAILED: " + "; ".join(why_failed(r))
     return [
-        f"  clients        {r['streams']}, of which {r['migrated_streams']} were moved in mid-answer",
+        f"  clients        {r['streams']}, of which {r['migrated_streams'] - r['uploads']} were moved in mid-answer",
+        f"  uploads        {r['uploads_answered']} of {r['uploads']} requests that were still being sent were answered",
         f"  tokens         {r['tokens']} of {r['tokens_expected']}, "
         f"lost {r['tokens_lost']}, doubled {r['tokens_doubled']}",
         f"  network        resets {r['rst_seen']}, unexpected FINs {r['fin_unexpected']}, "
@@ -99,7 +100,10 @@ def why_failed(r: dict[str, Any]) -> list[str]:
         f"{r['packets_missed_by_capture']} packets missed by the capture": r["packets_missed_by_capture"],
         f"{r['tokens']} tokens of {r['tokens_expected']} came": r["tokens"] != r["tokens_expected"],
         "the text differs from the answer without a migration": not r["identical_to_unmigrated"],
-        f"{r['migrated_streams']} of {r['streams']} streams were moved": r["migrated_streams"] != r["streams"],
+        f"{r['uploads'] - r['uploads_answered']} half-sent requests got no answer": r["uploads"] != r["uploads_answered"],
+        f"{r['migrated_streams']} of {r['streams'] + r['uploads']} streams were moved": (
+            r["migrated_streams"] != r["streams"] + r["uploads"]
+        ),
         "the source was deleted too late to prove anything": r["source_deleted_at_share"] >= 2 / 3,
     }
     return [words for words, wrong in reasons.items() if wrong]

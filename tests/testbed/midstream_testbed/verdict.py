@@ -146,6 +146,7 @@ def nothing_lost(result: dict[str, Any]) -> bool:
         not any(result[name] for name in harm)
         and result["identical_to_unmigrated"]
         and result["tokens"] == result["tokens_expected"]
-        and result["migrated_streams"] == result["streams"]
+        and result["uploads_answered"] == result["uploads"]
+        and result["migrated_streams"] == result["streams"] + result["uploads"]
         and result["source_deleted_at_share"] < 2 / 3
     )

@@ -1,0 +1,93 @@
+# Each target installs what it needs (scripts/setup.sh), and says so. Root, Debian 12.
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+RUN := build/venv-run/bin/python
+DEV := build/venv-dev/bin/python
+export PYTHONPATH := $(CURDIR)/operator:$(CURDIR)/agent:$(CURDIR)/runtime:$(CURDIR)/tests/testbed:$(CURDIR)/tests/net
+export PYTHONDONTWRITEBYTECODE := 1
+PYTEST = $(DEV) -m pytest --junitxml=build/junit/$@.xml
+
+SETUP_DEMO := run build bpf net
+SETUP_TEST := dev build bpf net
+PRODUCT := operator/midstream_cli agent/midstream_agent runtime/midstream_runtime tests/testbed/midstream_testbed
+C_FILES := csrc/src/*.[ch] csrc/include/*.h bpf/*.[ch]
+
+.PHONY: help demo build test lint bench clean-testbed proto setup-demo setup-test wheel \
+	test-unit test-contract test-csrc test-bpf test-net test-cluster test-e2e test-vllm test-gpu test-demo
+
+help: ## What there is
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "  make demo STREAMS=200          with 200 clients"
+	@echo "  make demo DEMO_MOVE_SECONDS=3  with a cloud that takes 3 s to move the address"
+	@echo "  make test LONG=1               with the long matrices (hours)"
+
+demo: setup-demo build ## A live stream changes nodes; report on the screen and in build/demo.json
+	@$(RUN) -m midstream_testbed.demo
+
+build: ## The C library, under build/csrc
+	@scripts/setup.sh build
+	@$(MAKE) -s -C csrc
+
+setup-demo:
+	@scripts/setup.sh $(SETUP_DEMO)
+
+setup-test:
+	@scripts/setup.sh $(SETUP_TEST)
+
+test: ## All tests, each kind under its own time limit
+	@scripts/parts.sh test
+
+test-unit: setup-test build ## Without root's powers: pieces of the product
+	$(PYTEST) tests/unit
+
+test-contract: setup-test build ## Pairs that must agree: stubs, layouts, names, documents
+	$(PYTEST) tests/contract
+
+test-csrc: setup-test build ## The C library on real sockets; sanitizers, fuzzing
+	@scripts/setup.sh sanitize inspect
+	$(PYTEST) tests/csrc
+
+test-bpf: setup-test build ## The BPF programs in the kernel
+	@scripts/setup.sh inspect
+	$(PYTEST) tests/bpf
+
+test-net: setup-test build ## Whole migrations on the testbed
+	@scripts/setup.sh clients
+	$(PYTEST) tests/net
+
+test-cluster: ## On a Kubernetes control plane (no tests yet)
+	@echo "test-cluster: there is no operator yet, so nothing to test"
+
+test-e2e: setup-test build ## The demo's own entry point, and its controls
+	$(PYTEST) tests/e2e
+
+test-vllm: ## With vLLM (no tests yet)
+	@echo "test-vllm: there is no vLLM connector yet, so nothing to test"
+
+test-gpu: ## Where there is a GPU (no tests yet)
+	@echo "test-gpu: there is no CUDA code of ours yet but the engine's --device, so nothing to test"
+
+bench: setup-test build ## All benchmarks; figures beside their goals, JSON under build/bench
+	@scripts/setup.sh inspect
+	@scripts/parts.sh bench
+
+lint: ## ruff, mypy --strict, import-linter, clang-format
+	@scripts/setup.sh dev lint
+	$(DEV) -m ruff check
+	$(DEV) -m mypy $(PRODUCT)
+	build/venv-dev/bin/lint-imports --no-cache --no-show-timings 2>/dev/null || build/venv-dev/bin/lint-imports --no-cache
+	clang-format --dry-run -Werror $(C_FILES)
+
+proto: ## Generate the gRPC stubs again
+	@scripts/setup.sh dev
+	cd agent && ../$(DEV) -m grpc_tools.protoc -I . \
+	  --plugin=protoc-gen-mypy=../build/venv-dev/bin/protoc-gen-mypy \
+	  --plugin=protoc-gen-mypy_grpc=../build/venv-dev/bin/protoc-gen-mypy_grpc \
+	  --python_out=. --mypy_out=. --grpc_python_out=. --mypy_grpc_out=. midstream_agent/contract/agent.proto
+
+clean-testbed: ## Remove what a crashed test or demo left on this machine
+	@scripts/setup.sh run net
+	$(RUN) -m midstream_testbed clean

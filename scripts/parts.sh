@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Runs the parts of `make test` or `make bench`, each under a time limit of its own, all of them even when one fails,
+# and prints at the end what each took: scripts/parts.sh test|bench
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+declare -A limit_s=(
+  [test-unit]=600 [test-contract]=300 [test-csrc]=1200 [test-bpf]=600 [test-net]=2400 [test-e2e]=900
+  [test-cluster]=60 [test-vllm]=60
+)
+case ${1:-} in
+  test) parts=(test-unit test-contract test-csrc test-bpf test-e2e test-net test-cluster test-vllm) ;;
+  bench) parts=(); for file in tests/bench/bench_*.py; do parts+=("$file"); done ;;
+  *) echo "usage: scripts/parts.sh test|bench" >&2; exit 2 ;;
+esac
+[ -z "${LONG:-}" ] || for part in "${!limit_s[@]}"; do limit_s[$part]=14400; done
+
+seconds=() results=() failed=0
+for part in "${parts[@]}"; do
+  echo "==== $part"
+  began=$SECONDS
+  case $part in
+    *.py) timeout --kill-after=30 1800 build/venv-dev/bin/python "$part" ;;
+    *) timeout --kill-after=30 "${limit_s[$part]}" make --no-print-directory "$part" ;;
+  esac </dev/null
+  status=$?
+  case $status in
+    0) results+=(ok) ;;
+    124 | 137) results+=("TIME LIMIT"); failed=1 ;;
+    *) results+=("FAILED ($status)"); failed=1 ;;
+  esac
+  seconds+=($((SECONDS - began)))
+done
+
+echo "==== seconds a part"
+for i in "${!parts[@]}"; do printf '%6d  %-32s %s\n' "${seconds[$i]}" "${parts[$i]}" "${results[$i]}"; done
+printf '%6d  all\n' "$SECONDS"
+exit $failed
