@@ -222,9 +222,6 @@ static int go_live(int fd, struct flow *f)
 		err = ms_opts_apply(fd, f, PHASE_BEGIN);
 	if (!err)
 		err = leave_repair(fd, f);
-	/* Both ends closed at once: our FIN must be out before the client's is played, or it is no CLOSING. */
-	if (!err && f->state == ST_CLOSING && f->phase == PH_SEATED && !fin_acked(f))
-		err = send_rest(fd, f);
 	return err;
 }
 
@@ -255,6 +252,7 @@ static int activate_begin(int fd, struct flow *f, const struct ms_flow_note *not
 		err = seat_again(fd, f, snd_wnd);
 	else
 		err = snd_wnd == f->snd_wnd ? 0 : ms_set_window(fd, f, snd_wnd);
+	f->snd_wnd = snd_wnd;
 	/*
 	 * The hold answered with the dumped value, so the clock goes on from there: ahead of what the
 	 * client saw, and not by the length of the hold, which the client's echo would turn into an
@@ -354,9 +352,8 @@ static int finish(int fd, struct flow *f, const struct ms_flow_note *note)
 		return push(fd, f);
 	case PH_LIVE_ALREADY:
 		return catch_up(fd, f);
-	case PH_SEATED:
-		if (f->state != ST_CLOSING)
-			err = send_rest(fd, f);
+	case PH_SEATED: /* CLOSING becomes LAST_ACK: the client's FIN was played before ours is sent */
+		err = send_rest(fd, f);
 		off = settle(fd, f);
 		return err ? err : off;
 	}

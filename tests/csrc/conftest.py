@@ -25,6 +25,7 @@ import pytest
 from midstream_agent import tcp
 
 T = TypeVar("T")
+Socket = socket.socket
 _CLONE_NEWNET = 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -40,6 +41,7 @@ class Host:
     def __init__(self, name: str) -> None:
         self.name = name
         self._calls: queue.Queue[tuple[Callable[[], Any], Future[Any]] | None] = queue.Queue()
+        self._sockets: list[Socket] = []
         self.tid = 0
         started: Future[int] = Future()
         self._thread = threading.Thread(target=self._loop, args=(started,), name=name, daemon=True)
@@ -47,6 +49,7 @@ class Host:
         self.tid = started.result()
         self.sh("ip link set lo up")
         self.sysctl("net/ipv4/conf/all/rp_filter", "0")
+        self.sysctl("net/ipv6/conf/default/dad_transmits", "0")  # else no neighbour is asked for 2 s
 
     def _loop(self, started: Future[int]) -> None:
         if _libc.unshare(_CLONE_NEWNET):
@@ -76,10 +79,17 @@ class Host:
     def sysctl(self, knob: str, value: str) -> None:
         self.run(_write, f"/proc/sys/{knob}", value)
 
-    def socket(self, family: int) -> socket.socket:
-        return self.run(socket.socket, family, socket.SOCK_STREAM, 0)
+    def socket(self, family: int, kind: int = socket.SOCK_STREAM, protocol: int = 0) -> Socket:
+        return self.keep(self.run(socket.socket, family, kind, protocol))
+
+    def keep(self, sock: Socket) -> Socket:
+        """Closed when the host is."""
+        self._sockets.append(sock)
+        return sock
 
     def close(self) -> None:
+        for sock in self._sockets:
+            sock.close()
         self._calls.put(None)
         self._thread.join()
 
@@ -97,7 +107,7 @@ class Gate:
 
     def __init__(self, lab: Lab, i: int, node: Host) -> None:
         self._ends = ((lab.client, f"c{i}"), (node, "eth0"))
-        self._tap = node.run(socket.socket, socket.AF_PACKET, socket.SOCK_RAW, 0)
+        self._tap = node.socket(socket.AF_PACKET, socket.SOCK_RAW)
         self._tap.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32 << 20)
         self._shut: set[Host] = set()
         self._listening = False
@@ -107,8 +117,8 @@ class Gate:
         for wanted, (host, device) in zip((to_client, to_node), self._ends, strict=True):
             if wanted and host not in self._shut:
                 self._shut.add(host)
-                chain = f'chain in {{ type filter hook ingress device "{device}" priority 0; meta l4proto tcp drop; }}\n'
-                host.sh("nft -f -", f"table netdev gate_{device} {{ {chain} }}")
+                hook = f'type filter hook ingress device "{device}" priority 0;'
+                host.sh("nft -f -", f"table netdev gate_{device} {{ chain in {{ {hook} meta l4proto tcp drop; }}\n }}")
 
     def listen(self) -> None:
         """Begin to keep what the client sends."""
@@ -136,9 +146,6 @@ class Gate:
                 if where[2] != socket.PACKET_OUTGOING and (segment := parse(frame[14:])):
                     found.append(segment)
         return found
-
-    def close(self) -> None:
-        self._tap.close()
 
 
 class Segment:
@@ -210,7 +217,6 @@ class Lab:
     def __init__(self, mtu: int = 1500) -> None:
         self.client, self.a, self.b = Host("client"), Host("node-a"), Host("node-b")
         self.mtu = mtu
-        self._gates: list[Gate] = []
         self._out: dict[int, socket.socket] = {}
         for i, node in enumerate((self.a, self.b), start=1):
             self._link(i, node)
@@ -243,15 +249,13 @@ class Lab:
             self.client.sh(f"ip -{family} route replace {SERVICE[family]} via {via} src {CLIENT[family]}")
 
     def gate(self, node: Host) -> Gate:
-        gate = Gate(self, 1 if node is self.a else 2, node)
-        self._gates.append(gate)
-        return gate
+        return Gate(self, 1 if node is self.a else 2, node)
 
     def injector(self, node: Host) -> Callable[[list[bytes]], None]:
         """Plays packets where the client's own arrive."""
         i = 1 if node is self.a else 2
         if i not in self._out:  # binding takes the kernel 20 ms
-            self._out[i] = self.client.run(socket.socket, socket.AF_PACKET, socket.SOCK_RAW, 0)
+            self._out[i] = self.client.socket(socket.AF_PACKET, socket.SOCK_RAW)
             self._out[i].bind((f"c{i}", 0))
         header = self._mac_of[i] + self._mac_of[-i]
 
@@ -284,14 +288,12 @@ class Lab:
         client = self.client.socket(socket.AF_INET6 if family == 6 else socket.AF_INET)
         client.connect((SERVICE[family], listener.getsockname()[1]))
         server, _ = listener.accept()
-        return client, server
+        return client, self.client.keep(server)
 
     def blanks(self, node: Host, families: list[int]) -> list[socket.socket]:
         return [node.socket(socket.AF_INET6 if f == 6 else socket.AF_INET) for f in families]
 
     def close(self) -> None:
-        for owner in (*self._gates, *self._out.values()):
-            owner.close()
         for host in (self.a, self.b, self.client):
             host.close()
 
@@ -332,8 +334,6 @@ class Move:
         notes = self.notes() if notes is None else notes
         for s in self.servers:
             s.close()
-        self.gates[1].open()
-        self.gates[0].open()
         self._bring_up(self.target, self.live, notes, thaw=False)
         return self.live
 
@@ -342,9 +342,6 @@ class Move:
         notes = self.notes() if notes is None else notes
         for s in self.live:
             s.close()
-        self.gates[0].open()
-        if self.live:
-            self.gates[1].open()
         self._bring_up(self.source, self.servers, notes, thaw=True)
 
     def _bring_up(self, node: Host, sockets: list[socket.socket], notes: bytes, *, thaw: bool) -> None:
@@ -355,6 +352,8 @@ class Move:
         self.began = time.perf_counter()
         errors = begin(fds, notes)
         assert not any(errors), [tcp.strerror(e) for e in errors]
+        for gate in self.gates:  # not earlier: a socket in repair would answer the client, see midstream_tcp.h
+            gate.open()
         play(batch.client_packets(notes, tcp.PRIME))
         play(batch.client_packets(notes, tcp.PLAY))
         errors = finish(fds, notes)

@@ -76,7 +76,9 @@ def change_all(sock: Any, kind: str) -> None:
 
 
 def pair(lab: Any, kind: str) -> tuple[Any, Any]:
-    return lab.connect(lab.listen(lab.a, 6 if kind == "v6" else 4, mapped=kind == "mapped"), 6 if kind == "v6" else 4)
+    family = 6 if kind == "v6" else 4
+    client, server = lab.connect(lab.listen(lab.a, family, mapped=kind == "mapped"), family)
+    return client, server
 
 
 KINDS = pytest.mark.parametrize("kind", ["v4", "v6", "mapped"])

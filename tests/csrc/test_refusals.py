@@ -24,8 +24,8 @@ def names(fds: list[int]) -> list[str]:
 def test_a_file_a_closed_fd_and_a_udp_socket(lab: Any) -> None:
     pipe = os.pipe()
     closed = 1 << 20
-    udp = lab.a.run(socket.socket, socket.AF_INET, socket.SOCK_DGRAM)
-    unix = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    udp = lab.a.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    unix = lab.a.socket(socket.AF_UNIX)
     assert names([pipe[0], closed, udp.fileno(), unix.fileno()]) == ["NotASocket", "BadFd", "NotTcp", "NotTcp"]
     for fd in pipe:
         os.close(fd)
@@ -52,7 +52,7 @@ def test_handshake_under_way(lab: Any) -> None:
 
 
 def test_multipath_tcp(lab: Any) -> None:
-    s = lab.a.run(socket.socket, socket.AF_INET, socket.SOCK_STREAM, MPTCP)
+    s = lab.a.socket(socket.AF_INET, protocol=MPTCP)
     assert names([s.fileno()]) == ["Mptcp"]
 
 
@@ -98,10 +98,12 @@ def test_restore_refuses_what_is_no_blank(lab: Any, move: Any) -> None:
     m = move(lab, lab.a, [server])
     batch = m.freeze()
     wrong = lab.b.socket(socket.AF_INET6)
-    used, _peer = lab.b.run(connected_pair)
+    used, _peer = map(lab.b.keep, lab.b.run(connected_pair))
     pipe = os.pipe()
     for fd, name in ((wrong.fileno(), "BlankFamily"), (used.fileno(), "BlankInUse"), (pipe[0], "NotASocket")):
         assert [tcp.refusal(e) for e in batch.restore([fd])] == [name]
+    for fd in pipe:
+        os.close(fd)
     used.send(b"not frozen")
     lab.b.sh("ip route del 10.8.0.2")
     assert [tcp.refusal(e) for e in batch.restore([lab.b.socket(socket.AF_INET).fileno()])] == ["NoRoute"]
