@@ -25,7 +25,7 @@ from midstream_runtime.contract.errors import Final, MidstreamError, Retryable
 from midstream_agent import failpoints, peer, pods, tcp
 from midstream_agent.contract import agent_pb2 as pb
 from midstream_agent.handoff import HandoffClient
-from midstream_agent.hold import FLOW_HELD
+from midstream_agent.hold import ADDR_LEAVING, FLOW_HELD
 from midstream_agent.hold_layout import NOTE, NOTE_DATA, NOTE_FIN, NOTE_RST, NOTE_RST_SEEN, NOTE_SEG
 from midstream_agent.journal import Journal, journals
 from midstream_agent.kv import Geometry, PoolView
@@ -233,6 +233,8 @@ class TargetJob:
         began = time.perf_counter()
         node = self.node
         for address in req.addresses:
+            # before COMMIT no connection may be accepted here: a rollback would take its address away
+            node.hold.set_addr(address, ADDR_LEAVING)
             node.routes.add(address, self.at.link.index)
         node.nic.announce(list(req.addresses))
         await failpoints.point("target.MOVE_ADDRESS.do.before")
@@ -252,6 +254,7 @@ class TargetJob:
     async def activate(self, req: pb.PeerCommit) -> pb.PeerActivated:
         """The point of no return was crossed at the source: these flows live here now. Idempotent."""
         if self.state == ACTIVATED:
+            self._let_syns_in()  # this agent may have died before it did
             return pb.PeerActivated(streams=self.streams, activate_ms=self.activate_ms)
         if self.state != RESTORED:
             raise Final("job_state", f"job {self.job_id} is {self.state} here: it was never restored")
@@ -269,6 +272,7 @@ class TargetJob:
         self.activate_ms = (time.perf_counter() - began) * 1e3
         await failpoints.point("target.ACTIVATE.do.after")
         self._close_blanks()
+        self._let_syns_in()
         self.node.hold.delete_notes(self.keys, self.streams)
         return pb.PeerActivated(streams=self.streams, activate_ms=self.activate_ms)
 
@@ -276,6 +280,10 @@ class TargetJob:
         """ACTIVATE in the order of facts/tcp.md; no await in here: it is what every client waits for."""
         assert self.batch is not None
         bring_up(self.node, self.batch, self.blanks, self.keys, notes, thaw=False)
+
+    def _let_syns_in(self) -> None:
+        for address in self.addresses:
+            self.node.hold.del_addr(address)
 
     # -- the ends --------------------------------------------------------------------------------------
 
@@ -291,6 +299,7 @@ class TargetJob:
         if self.at is not None:
             for address in self.addresses:
                 self.node.routes.delete(address, self.at.link.index)
+        self._let_syns_in()
         self._close_blanks()
         if self.handoff is not None and self.state != NEW:
             await self._tell_discard()
