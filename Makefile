@@ -78,7 +78,7 @@ lint: ## ruff, mypy --strict, import-linter, clang-format
 	@scripts/setup.sh dev lint
 	$(DEV) -m ruff check
 	$(DEV) -m mypy $(PRODUCT)
-	build/venv-dev/bin/lint-imports --no-cache --no-show-timings 2>/dev/null || build/venv-dev/bin/lint-imports --no-cache
+	build/venv-dev/bin/lint-imports --no-cache
 	clang-format --dry-run -Werror $(C_FILES)
 
 proto: ## Generate the gRPC stubs again

@@ -44,4 +44,6 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     for nodeid in config.stash[_unlisted]:
-        terminalreporter.write_line(f"SKIPPED WITHOUT LEAVE {nodeid}: list it with its probe in {ALLOWED.name}", red=True)
+        terminalreporter.write_line(
+            f"SKIPPED WITHOUT LEAVE {nodeid}: list it with its probe in {ALLOWED.name}", red=True
+        )

@@ -32,6 +32,7 @@ def assert_whole(result: dict[str, Any], said: str) -> None:
     assert (result["tokens_lost"], result["tokens_doubled"]) == (0, 0), said
     assert result["identical_to_unmigrated"] is True, said
     assert (result["rst_seen"], result["fin_unexpected"], result["packets_missed_by_capture"]) == (0, 0, 0), said
+    assert result["uploads_answered"] == 1, said
 
 
 def test_a_live_stream_changes_nodes(tmp_path: Path) -> None:
@@ -59,6 +60,18 @@ def test_clients_wait_while_the_cloud_is_slow(tmp_path: Path) -> None:
     assert status == 0, said
     assert_whole(result, said)
     assert result["stall_ms"]["max"] >= 2900, "the address took 3 s: a shorter stall was not measured"
+
+
+def test_without_the_hold_bytes_are_lost(tmp_path: Path) -> None:
+    """Negative control: the same play, with and without the hold, over a link that takes a second. What the kernel
+    acknowledged behind the checkpoint is in no queue any more, and the capture shows it."""
+    status, result, said = demo(tmp_path, "--slow-send-ms", "1000")
+    assert status == 0, said
+    assert_whole(result, said)
+    assert result["uploads_answered"] == 1
+    status, result, said = demo(tmp_path, "--slow-send-ms", "1000", "--without-hold")
+    assert status == 1, said
+    assert result["uploads_answered"] == 0 or result["rst_seen"] > 0, said
 
 
 def test_wiped_kv_changes_the_answer(tmp_path: Path) -> None:

@@ -59,7 +59,9 @@ def test_a_pool_that_is_smaller_than_it_claims_is_refused() -> None:
     assert refused(memfd(size=2 * 4096)) == "pool_truncated"
 
 
-@pytest.mark.parametrize("bad", [{"slots": 0}, {"slot_bytes": -1}, {"data_offset": -4096}, {"slots": "many"}, {"slots": None}])
+@pytest.mark.parametrize(
+    "bad", [{"slots": 0}, {"slot_bytes": -1}, {"data_offset": -4096}, {"slots": "many"}, {"slots": None}]
+)
 def test_a_pool_with_impossible_geometry_is_refused(bad: dict[str, object]) -> None:
     with pytest.raises(Final, match="pool_malformed"):
         Geometry.parse({**POOL, **bad})

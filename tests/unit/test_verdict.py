@@ -37,7 +37,8 @@ def stream(gaps_ms: list[float]) -> list[Packet]:
 
 def good() -> dict[str, Any]:
     return {
-        "streams": 2, "uploads": 1, "uploads_answered": 1, "migrated_streams": 3, "tokens": 10, "tokens_expected": 10, "tokens_lost": 0,
+        "streams": 2, "uploads": 1, "uploads_answered": 1, "migrated_streams": 3,
+        "tokens": 10, "tokens_expected": 10, "tokens_lost": 0,
         "tokens_doubled": 0, "identical_to_unmigrated": True, "rst_seen": 0, "fin_unexpected": 0,
         "packets_missed_by_capture": 0, "source_deleted_at_share": 0.5,
     }  # fmt: skip

@@ -81,6 +81,8 @@ class Demo:
     move_seconds: float = 0.0
     without_hold: bool = False
     zero_kv: bool = False
+    slow_send_ms: float = 0.0
+    """As if checkpoints and KV took this long to reach the target."""
     quiet: bool = False
     folder: Path = Path()
     began: float = field(default_factory=time.monotonic)
@@ -115,7 +117,12 @@ class Demo:
 
     def _serve(self, fleet: Fleet, source: Host, target: Host) -> list[Pod]:
         for host in (source, target):
-            fleet.start_agent(host, "--address-confirm-s", str(self.move_seconds + 20))
+            slow = (
+                {"MIDSTREAM_FAILPOINTS": f"source.SEND.do.before=delay:{self.slow_send_ms}"}
+                if self.slow_send_ms
+                else {}
+            )
+            fleet.start_agent(host, "--address-confirm-s", str(self.move_seconds + 20), **slow)
         self.say("an agent on each host: hold and gate are loaded, nothing is held")
         options = ("--pace-ms", str(self.pace_ms), "--pool-slots", str(max(512, KV_SLOTS_A_STREAM * self.streams)))
         extra = {"MIDSTREAM_TEST_ZERO_KV": "1"} if self.zero_kv else {}
@@ -261,8 +268,9 @@ def main(argv: list[str] | None = None) -> int:
     args = _arguments(argv)
     folder = Path(tempfile.mkdtemp(prefix="midstream-demo-"))
     demo = Demo(
-        args.streams, args.tokens, args.pace_ms, args.move_seconds, args.without_hold, args.zero_kv, False, folder
-    )
+        args.streams, args.tokens, args.pace_ms, args.move_seconds, args.without_hold, args.zero_kv,
+        args.slow_send_ms, False, folder,
+    )  # fmt: skip
     try:
         play = demo.run()
     except Exception:
@@ -291,9 +299,10 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--zero-kv", action="store_true", help="the control: moved KV is zeroed, the answer must change"
     )
+    parser.add_argument("--slow-send-ms", type=float, default=0.0, help="delay between checkpoint and restore")
     parser.add_argument("--json", type=Path, default=Path("build/demo.json"))
     args = parser.parse_args(argv)
-    for name, least in (("streams", 1), ("tokens", 60), ("pace_ms", 0), ("move_seconds", 0)):
+    for name, least in (("streams", 1), ("tokens", 60), ("pace_ms", 0), ("move_seconds", 0), ("slow_send_ms", 0)):
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}")
     return args

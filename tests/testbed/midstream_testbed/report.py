@@ -100,7 +100,9 @@ def why_failed(r: dict[str, Any]) -> list[str]:
         f"{r['packets_missed_by_capture']} packets missed by the capture": r["packets_missed_by_capture"],
         f"{r['tokens']} tokens of {r['tokens_expected']} came": r["tokens"] != r["tokens_expected"],
         "the text differs from the answer without a migration": not r["identical_to_unmigrated"],
-        f"{r['uploads'] - r['uploads_answered']} half-sent requests got no answer": r["uploads"] != r["uploads_answered"],
+        f"{r['uploads'] - r['uploads_answered']} half-sent requests got no answer": (
+            r["uploads"] != r["uploads_answered"]
+        ),
         f"{r['migrated_streams']} of {r['streams'] + r['uploads']} streams were moved": (
             r["migrated_streams"] != r["streams"] + r["uploads"]
         ),

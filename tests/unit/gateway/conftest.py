@@ -1,0 +1,5 @@
+"""Fixtures of the gateway's tests."""
+
+from gateway_pair import engines
+
+__all__ = ["engines"]
