@@ -133,7 +133,8 @@
 extern "C" {
 #endif
 
-/* n checkpoints, in the order of the fds. Made by checkpoint or decode, ended by ms_tcp_batch_free(). */
+/* n checkpoints, in the order of the fds. Made by checkpoint or decode, ended by
+ * ms_tcp_batch_free(). */
 typedef struct ms_tcp_batch ms_tcp_batch;
 
 /* Can these sockets be moved? Touches nothing; best asked before anything is frozen. */
@@ -173,7 +174,8 @@ int ms_tcp_decode(const uint8_t *buf, size_t len, ms_tcp_batch **out);
 void ms_tcp_batch_free(ms_tcp_batch *b); /* closes no fd; NULL is fine */
 size_t ms_tcp_batch_len(const ms_tcp_batch *b);
 
-/* 4 or 6 for each: the family the blank must have (6 for v4-mapped: the application sees AF_INET6). */
+/* 4 or 6 for each: the family the blank must have (6 for v4-mapped: the application sees AF_INET6).
+ */
 int ms_tcp_families(const ms_tcp_batch *b, uint8_t *families);
 
 /* What the hold needs to answer for the flows; `state` is an enum ms_flow_state. */
@@ -183,10 +185,10 @@ int ms_tcp_flow_ctl(const ms_tcp_batch *b, uint32_t state, struct ms_flow_key *k
 /* For people and tests: what a checkpoint holds. */
 struct ms_tcp_summary {
 	struct ms_flow_key key;
-	uint8_t family; /* 4, 6 */
-	uint8_t state;  /* as in TCP_INFO: 1 ESTABLISHED, 4 FIN_WAIT1, ... */
+	uint8_t family;  /* 4, 6 */
+	uint8_t state;   /* as in TCP_INFO: 1 ESTABLISHED, 4 FIN_WAIT1, ... */
 	uint8_t options; /* TCPI_OPT_* */
-	uint8_t wscale; /* snd | rcv << 4 */
+	uint8_t wscale;  /* snd | rcv << 4 */
 	uint32_t snd_una, snd_nxt, write_seq, rcv_nxt, tsval;
 	uint32_t send_bytes;   /* unacknowledged and unsent payload */
 	uint32_t unsent_bytes; /* of those, never sent (a FIN not counted) */
@@ -219,7 +221,7 @@ int ms_tcp_activate_finish(const int *fds, size_t n, ms_tcp_batch *b,
 
 #define MS_TCP_PRIME 0
 #define MS_TCP_PLAY 1
-#define MS_TCP_PACKETS_MAX 8               /* of one flow and one `what` */
+#define MS_TCP_PACKETS_MAX 8                                     /* of one flow and one `what` */
 #define MS_TCP_PACKET_BYTES_MAX (2048 + MS_TCP_PACKETS_MAX * 80) /* of one flow and one `what` */
 
 /*

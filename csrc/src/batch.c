@@ -4,8 +4,6 @@
 
 #include "internal.h"
 
-#define CHUNK_BYTES ((size_t)1 << 20)
-
 struct ms_tcp_batch *ms_batch_new(size_t n)
 {
 	struct ms_tcp_batch *b;
@@ -18,10 +16,10 @@ struct ms_tcp_batch *ms_batch_new(size_t n)
 	return b;
 }
 
-uint8_t *ms_arena_reserve(struct ms_tcp_batch *b, size_t size)
+uint8_t *ms_arena_reserve(struct ms_tcp_batch *b, size_t size, size_t chunk)
 {
 	struct chunk *c = b->chunks;
-	size_t want = size > CHUNK_BYTES ? size : CHUNK_BYTES;
+	size_t want = size > chunk ? size : chunk;
 
 	if (c && c->size - c->used >= size)
 		return c->bytes + c->used;
@@ -71,11 +69,11 @@ int ms_tcp_flow_ctl(const ms_tcp_batch *b, uint32_t state, struct ms_flow_key *k
 
 		keys[i] = f->key;
 		ctls[i] = (struct ms_flow_ctl){
-			.state = state,
-			.flags = f->tcpi_options & TCPI_OPT_TIMESTAMPS ? MS_CTL_TIMESTAMPS : 0,
-			.snd_nxt = f->write_seq - f->nsd,
-			.rcv_nxt = f->rcv_nxt,
-			.tsval = f->tsval,
+		    .state = state,
+		    .flags = f->tcpi_options & TCPI_OPT_TIMESTAMPS ? MS_CTL_TIMESTAMPS : 0,
+		    .snd_nxt = f->write_seq - f->nsd,
+		    .rcv_nxt = f->rcv_nxt,
+		    .tsval = f->tsval,
 		};
 	}
 	return 0;
@@ -88,24 +86,24 @@ int ms_tcp_summaries(const ms_tcp_batch *b, struct ms_tcp_summary *out)
 		uint32_t unsent = f->nsd && ms_fin_out(f) ? f->nsd - 1 : f->nsd;
 
 		out[i] = (struct ms_tcp_summary){
-			.key = f->key,
-			.family = f->family,
-			.state = f->state,
-			.options = f->tcpi_options,
-			.wscale = (uint8_t)(f->snd_wscale | f->rcv_wscale << 4),
-			.snd_una = ms_una(f),
-			.snd_nxt = f->write_seq - f->nsd,
-			.write_seq = f->write_seq,
-			.rcv_nxt = f->rcv_nxt,
-			.tsval = f->tsval,
-			.send_bytes = f->send_len,
-			.unsent_bytes = unsent,
-			.recv_bytes = f->recv_len,
-			.mss = f->mss,
-			.snd_wnd = f->win.snd_wnd,
-			.rcv_wnd = f->win.rcv_wnd,
-			.min_rtt_us = f->min_rtt_us,
-			.rounds = f->rounds,
+		    .key = f->key,
+		    .family = f->family,
+		    .state = f->state,
+		    .options = f->tcpi_options,
+		    .wscale = (uint8_t)(f->snd_wscale | f->rcv_wscale << 4),
+		    .snd_una = ms_una(f),
+		    .snd_nxt = f->write_seq - f->nsd,
+		    .write_seq = f->write_seq,
+		    .rcv_nxt = f->rcv_nxt,
+		    .tsval = f->tsval,
+		    .send_bytes = f->send_len,
+		    .unsent_bytes = unsent,
+		    .recv_bytes = f->recv_len,
+		    .mss = f->mss,
+		    .snd_wnd = f->win.snd_wnd,
+		    .rcv_wnd = f->win.rcv_wnd,
+		    .min_rtt_us = f->min_rtt_us,
+		    .rounds = f->rounds,
 		};
 	}
 	return 0;

@@ -10,6 +10,7 @@
 #include "internal.h"
 
 #define ROUNDS_MAX 16
+#define CHUNK_BYTES ((size_t)1 << 20)
 #define PEEK_SLACK 65536 /* the head of the send queue may begin before snd_una, by one segment */
 
 /* What a round read, before it is known to be stable. */
@@ -35,7 +36,7 @@ static int select_queue(int fd, int queue)
 /* Returns bytes peeked into the arena, or -errno. */
 static ssize_t peek(int fd, struct ms_tcp_batch *b, size_t room, const uint8_t **bytes)
 {
-	uint8_t *p = ms_arena_reserve(b, room);
+	uint8_t *p = ms_arena_reserve(b, room, CHUNK_BYTES);
 	ssize_t got;
 
 	if (!p)
@@ -127,7 +128,8 @@ static int accept_dump(struct flow *f, const struct dump *d, int first_nsd, int 
 	f->send_len = want;
 	f->recv = d->recv;
 	f->recv_len = (uint32_t)d->received;
-	f->tcpi_options = info->tcpi_options & (TCPI_OPT_TIMESTAMPS | TCPI_OPT_SACK | TCPI_OPT_WSCALE);
+	f->tcpi_options =
+	    info->tcpi_options & (TCPI_OPT_TIMESTAMPS | TCPI_OPT_SACK | TCPI_OPT_WSCALE);
 	f->snd_wscale = info->tcpi_snd_wscale;
 	f->rcv_wscale = info->tcpi_rcv_wscale;
 	f->advmss = info->tcpi_advmss;
@@ -165,7 +167,8 @@ static int read_frozen(int fd, struct ms_tcp_batch *b, struct flow *f)
 	if (!err)
 		err = get_u32(fd, TCP_TIMESTAMP, &f->tsval);
 	if (!err)
-		err = get_u32(fd, TCP_MAXSEG, &f->mss); /* in repair mode: mss_clamp, not the current mss */
+		err = get_u32(fd, TCP_MAXSEG,
+			      &f->mss); /* in repair mode: mss_clamp, not the current mss */
 	return err;
 }
 
@@ -175,7 +178,8 @@ static int refine(int fd, int err)
 	struct tcp_info info;
 	socklen_t len = sizeof(info);
 
-	if (getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &len) == 0 && ms_state_refusal(info.tcpi_state))
+	if (getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &len) == 0 &&
+	    ms_state_refusal(info.tcpi_state))
 		return ms_state_refusal(info.tcpi_state);
 	return err;
 }

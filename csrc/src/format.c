@@ -51,9 +51,11 @@ static size_t sections_size(const struct flow *f)
 static uint8_t *put_flow(uint8_t *p, const struct flow *f)
 {
 	const uint32_t numbers[] = {
-		f->write_seq,	 f->outq,	     f->nsd,	    f->rcv_nxt,	    f->tsval,
-		f->mss,		 f->advmss,	     f->min_rtt_us,	    f->win.snd_wl1, f->win.snd_wnd,
-		f->win.max_window, f->win.rcv_wnd, f->win.rcv_wup,
+	    f->write_seq,   f->outq,           f->nsd,
+	    f->rcv_nxt,     f->tsval,          f->mss,
+	    f->advmss,      f->min_rtt_us,     f->win.snd_wl1,
+	    f->win.snd_wnd, f->win.max_window, f->win.rcv_wnd,
+	    f->win.rcv_wup,
 	};
 
 	p = put_section(p, TAG_FLOW, FLOW_BYTES);
@@ -147,9 +149,11 @@ static size_t left(const struct reader *r)
 static int read_flow(struct flow *f, struct reader r)
 {
 	uint32_t *numbers[] = {
-		&f->write_seq,	   &f->outq,	    &f->nsd,	      &f->rcv_nxt,     &f->tsval,
-		&f->mss,	   &f->advmss,	    &f->min_rtt_us,	      &f->win.snd_wl1, &f->win.snd_wnd,
-		&f->win.max_window, &f->win.rcv_wnd, &f->win.rcv_wup,
+	    &f->write_seq,   &f->outq,           &f->nsd,
+	    &f->rcv_nxt,     &f->tsval,          &f->mss,
+	    &f->advmss,      &f->min_rtt_us,     &f->win.snd_wl1,
+	    &f->win.snd_wnd, &f->win.max_window, &f->win.rcv_wnd,
+	    &f->win.rcv_wup,
 	};
 
 	if (left(&r) != FLOW_BYTES)
@@ -264,7 +268,8 @@ static bool sane_options(const struct flow *f)
 
 	for (int i = 0; i < OPT_COUNT; i++) {
 		int64_t value = (int64_t)f->opts[i];
-		bool wide = i == OPT_MAX_PACING_RATE || i == OPT_RCVTIMEO_US || i == OPT_SNDTIMEO_US;
+		bool wide =
+		    i == OPT_MAX_PACING_RATE || i == OPT_RCVTIMEO_US || i == OPT_SNDTIMEO_US;
 
 		if (!wide && (value < INT32_MIN || value > INT32_MAX))
 			return false;
@@ -280,7 +285,8 @@ static bool sane_key(const struct flow *f)
 
 	if (f->family != 4 && f->family != 6)
 		return false;
-	return local4 == remote4 && (f->family == 6 || local4) && f->key.local_port && f->key.remote_port;
+	return local4 == remote4 && (f->family == 6 || local4) && f->key.local_port &&
+	       f->key.remote_port;
 }
 
 /* What the kernel would refuse at TCP_REPAIR_WINDOW. */
@@ -360,7 +366,7 @@ int ms_tcp_decode(const uint8_t *buf, size_t len, ms_tcp_batch **out)
 	if (get(&(struct reader){r.end, buf + len}, 8) != ms_xxh64(buf, len - TRAILER_BYTES))
 		return -EBADMSG;
 	b = ms_batch_new(count);
-	copy = b ? ms_arena_reserve(b, len) : NULL;
+	copy = b ? ms_arena_reserve(b, len, 0) : NULL;
 	if (!copy) {
 		ms_tcp_batch_free(b);
 		return -ENOMEM;

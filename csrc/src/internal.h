@@ -97,8 +97,8 @@ struct flow {
 	bool disturbed; /* the unsent split of the socket itself is not the dumped one */
 	enum phase phase;
 	bool seat_known; /* this process seated the socket */
-	uint32_t seat;	 /* where the socket's snd_una is */
-	uint32_t una;	 /* what the client has acknowledged, notes included */
+	uint32_t seat;   /* where the socket's snd_una is */
+	uint32_t una;    /* what the client has acknowledged, notes included */
 	uint32_t queued; /* end of what is in the socket's send queue */
 	uint32_t snd_wnd;
 	uint32_t pad; /* bytes queued before una; see activate.c */
@@ -120,7 +120,9 @@ struct ms_tcp_batch {
 
 /* batch.c: memory that lives as long as the batch */
 struct ms_tcp_batch *ms_batch_new(size_t n);
-uint8_t *ms_arena_reserve(struct ms_tcp_batch *b, size_t size); /* valid until the next reserve */
+/* Valid until the next reserve. chunk: what to take from the heap where no room is left, if more
+ * than size. */
+uint8_t *ms_arena_reserve(struct ms_tcp_batch *b, size_t size, size_t chunk);
 void ms_arena_commit(struct ms_tcp_batch *b, size_t size);
 
 static inline int ms_before(uint32_t a, uint32_t b)
@@ -158,7 +160,8 @@ static inline uint32_t ms_sent_end(const struct flow *f) /* of the payload that 
 
 	return ms_before(ms_data_end(f), snd_nxt) ? ms_data_end(f) : snd_nxt;
 }
-static inline uint32_t ms_rcv_end(const struct flow *f) /* of the payload received, where a FIN would be */
+static inline uint32_t
+ms_rcv_end(const struct flow *f) /* of the payload received, where a FIN would be */
 {
 	return f->rcv_nxt - ms_fin_in(f);
 }
@@ -190,8 +193,8 @@ struct opt_def {
 	uint16_t id; /* in the format; never reused */
 	uint8_t kind;
 	uint8_t phase;
-	bool v4, v6;  /* read for IPv4 traffic, for AF_INET6 sockets with IPv6 traffic */
-	bool always;  /* the kernel's default depends on a sysctl */
+	bool v4, v6; /* read for IPv4 traffic, for AF_INET6 sockets with IPv6 traffic */
+	bool always; /* the kernel's default depends on a sysctl */
 	int level, name;
 	uint64_t fresh; /* the value of a fresh socket */
 };
@@ -220,7 +223,7 @@ int ms_reset_sndbuf(int fd, const struct flow *f);
 struct note_view {
 	bool segment, timestamps, fin, rst;
 	uint32_t ack, window, tsval, tsecr; /* window: as on the wire */
-	const uint8_t *data;		    /* starts at ms_rcv_end() */
+	const uint8_t *data;                /* starts at ms_rcv_end() */
 	uint32_t data_len;
 };
 struct note_view ms_note_view(const struct flow *f, const struct ms_flow_note *note);

@@ -24,39 +24,40 @@ enum opt_kind { K_INT, K_U64, K_TIMEVAL, K_LINGER_ON, K_LINGER_S };
 #define IP6 IPPROTO_IPV6
 #define BOTH true, true
 
-/* id, kind, phase, v4, v6, always, level, name, fresh. PRIORITY comes after TOS, which changes it. */
+/* id, kind, phase, v4, v6, always, level, name, fresh. PRIORITY comes after TOS, which changes it.
+ */
 const struct opt_def ms_opts[OPT_COUNT] = {
-	[OPT_SNDBUF] = {1, K_INT, PHASE_SPECIAL, BOTH, true, SOL, SO_SNDBUF, 0},
-	[OPT_RCVBUF] = {2, K_INT, PHASE_SPECIAL, BOTH, true, SOL, SO_RCVBUF, 0},
-	[OPT_BUF_LOCK] = {3, K_INT, PHASE_SPECIAL, BOTH, true, SOL, SO_BUF_LOCK, 0},
-	[OPT_REUSEADDR] = {4, K_INT, PHASE_LIVE, BOTH, false, SOL, SO_REUSEADDR, 0},
-	[OPT_REUSEPORT] = {5, K_INT, PHASE_LIVE, BOTH, false, SOL, SO_REUSEPORT, 0},
-	[OPT_KEEPALIVE] = {6, K_INT, PHASE_BEGIN, BOTH, false, SOL, SO_KEEPALIVE, 0},
-	[OPT_OOBINLINE] = {7, K_INT, PHASE_RESTORE, BOTH, false, SOL, SO_OOBINLINE, 0},
-	[OPT_LINGER_ON] = {8, K_LINGER_ON, PHASE_RESTORE, BOTH, false, SOL, SO_LINGER, 0},
-	[OPT_LINGER_S] = {9, K_LINGER_S, PHASE_SPECIAL, BOTH, false, SOL, SO_LINGER, 0},
-	[OPT_MARK] = {10, K_INT, PHASE_RESTORE, BOTH, false, SOL, SO_MARK, 0},
-	[OPT_RCVLOWAT] = {11, K_INT, PHASE_RESTORE, BOTH, false, SOL, SO_RCVLOWAT, 1},
-	[OPT_MAX_PACING_RATE] = {12, K_U64, PHASE_RESTORE, BOTH, false, SOL, SO_MAX_PACING_RATE,
-				 UINT64_MAX},
-	[OPT_RCVTIMEO_US] = {13, K_TIMEVAL, PHASE_RESTORE, BOTH, false, SOL, SO_RCVTIMEO, 0},
-	[OPT_SNDTIMEO_US] = {14, K_TIMEVAL, PHASE_RESTORE, BOTH, false, SOL, SO_SNDTIMEO, 0},
-	[OPT_IP_TOS] = {15, K_INT, PHASE_RESTORE, true, false, false, IP, IP_TOS, 0},
-	[OPT_IP_TTL] = {16, K_INT, PHASE_RESTORE, true, false, true, IP, IP_TTL, 64},
-	[OPT_V6ONLY] = {17, K_INT, PHASE_RESTORE, false, true, true, IP6, IPV6_V6ONLY, 0},
-	[OPT_TCLASS] = {18, K_INT, PHASE_RESTORE, false, true, false, IP6, IPV6_TCLASS, 0},
-	[OPT_HOPS] = {19, K_INT, PHASE_RESTORE, false, true, true, IP6, IPV6_UNICAST_HOPS, 64},
-	[OPT_PRIORITY] = {20, K_INT, PHASE_RESTORE, BOTH, false, SOL, SO_PRIORITY, 0},
-	[OPT_NODELAY] = {21, K_INT, PHASE_RESTORE, BOTH, false, TCP, TCP_NODELAY, 0},
-	[OPT_CORK] = {22, K_INT, PHASE_FINISH, BOTH, false, TCP, TCP_CORK, 0},
-	[OPT_KEEPIDLE_S] = {23, K_INT, PHASE_RESTORE, BOTH, true, TCP, TCP_KEEPIDLE, 7200},
-	[OPT_KEEPINTVL_S] = {24, K_INT, PHASE_RESTORE, BOTH, true, TCP, TCP_KEEPINTVL, 75},
-	[OPT_KEEPCNT] = {25, K_INT, PHASE_RESTORE, BOTH, true, TCP, TCP_KEEPCNT, 9},
-	[OPT_USER_TIMEOUT_MS] = {26, K_INT, PHASE_RESTORE, BOTH, false, TCP, TCP_USER_TIMEOUT, 0},
-	[OPT_NOTSENT_LOWAT] = {27, K_INT, PHASE_RESTORE, BOTH, false, TCP, TCP_NOTSENT_LOWAT, 0},
-	[OPT_LINGER2_S] = {28, K_INT, PHASE_RESTORE, BOTH, true, TCP, TCP_LINGER2, 60},
-	[OPT_WINDOW_CLAMP] = {29, K_INT, PHASE_SPECIAL, BOTH, true, TCP, TCP_WINDOW_CLAMP, 0},
-	[OPT_INQ] = {30, K_INT, PHASE_RESTORE, BOTH, false, TCP, TCP_INQ, 0},
+    [OPT_SNDBUF] = {1, K_INT, PHASE_SPECIAL, BOTH, true, SOL, SO_SNDBUF, 0},
+    [OPT_RCVBUF] = {2, K_INT, PHASE_SPECIAL, BOTH, true, SOL, SO_RCVBUF, 0},
+    [OPT_BUF_LOCK] = {3, K_INT, PHASE_SPECIAL, BOTH, true, SOL, SO_BUF_LOCK, 0},
+    [OPT_REUSEADDR] = {4, K_INT, PHASE_LIVE, BOTH, false, SOL, SO_REUSEADDR, 0},
+    [OPT_REUSEPORT] = {5, K_INT, PHASE_LIVE, BOTH, false, SOL, SO_REUSEPORT, 0},
+    [OPT_KEEPALIVE] = {6, K_INT, PHASE_BEGIN, BOTH, false, SOL, SO_KEEPALIVE, 0},
+    [OPT_OOBINLINE] = {7, K_INT, PHASE_RESTORE, BOTH, false, SOL, SO_OOBINLINE, 0},
+    [OPT_LINGER_ON] = {8, K_LINGER_ON, PHASE_RESTORE, BOTH, false, SOL, SO_LINGER, 0},
+    [OPT_LINGER_S] = {9, K_LINGER_S, PHASE_SPECIAL, BOTH, false, SOL, SO_LINGER, 0},
+    [OPT_MARK] = {10, K_INT, PHASE_RESTORE, BOTH, false, SOL, SO_MARK, 0},
+    [OPT_RCVLOWAT] = {11, K_INT, PHASE_RESTORE, BOTH, false, SOL, SO_RCVLOWAT, 1},
+    [OPT_MAX_PACING_RATE] = {12, K_U64, PHASE_RESTORE, BOTH, false, SOL, SO_MAX_PACING_RATE,
+			     UINT64_MAX},
+    [OPT_RCVTIMEO_US] = {13, K_TIMEVAL, PHASE_RESTORE, BOTH, false, SOL, SO_RCVTIMEO, 0},
+    [OPT_SNDTIMEO_US] = {14, K_TIMEVAL, PHASE_RESTORE, BOTH, false, SOL, SO_SNDTIMEO, 0},
+    [OPT_IP_TOS] = {15, K_INT, PHASE_RESTORE, true, false, false, IP, IP_TOS, 0},
+    [OPT_IP_TTL] = {16, K_INT, PHASE_RESTORE, true, false, true, IP, IP_TTL, 64},
+    [OPT_V6ONLY] = {17, K_INT, PHASE_RESTORE, false, true, true, IP6, IPV6_V6ONLY, 0},
+    [OPT_TCLASS] = {18, K_INT, PHASE_RESTORE, false, true, false, IP6, IPV6_TCLASS, 0},
+    [OPT_HOPS] = {19, K_INT, PHASE_RESTORE, false, true, true, IP6, IPV6_UNICAST_HOPS, 64},
+    [OPT_PRIORITY] = {20, K_INT, PHASE_RESTORE, BOTH, false, SOL, SO_PRIORITY, 0},
+    [OPT_NODELAY] = {21, K_INT, PHASE_RESTORE, BOTH, false, TCP, TCP_NODELAY, 0},
+    [OPT_CORK] = {22, K_INT, PHASE_FINISH, BOTH, false, TCP, TCP_CORK, 0},
+    [OPT_KEEPIDLE_S] = {23, K_INT, PHASE_RESTORE, BOTH, true, TCP, TCP_KEEPIDLE, 7200},
+    [OPT_KEEPINTVL_S] = {24, K_INT, PHASE_RESTORE, BOTH, true, TCP, TCP_KEEPINTVL, 75},
+    [OPT_KEEPCNT] = {25, K_INT, PHASE_RESTORE, BOTH, true, TCP, TCP_KEEPCNT, 9},
+    [OPT_USER_TIMEOUT_MS] = {26, K_INT, PHASE_RESTORE, BOTH, false, TCP, TCP_USER_TIMEOUT, 0},
+    [OPT_NOTSENT_LOWAT] = {27, K_INT, PHASE_RESTORE, BOTH, false, TCP, TCP_NOTSENT_LOWAT, 0},
+    [OPT_LINGER2_S] = {28, K_INT, PHASE_RESTORE, BOTH, true, TCP, TCP_LINGER2, 60},
+    [OPT_WINDOW_CLAMP] = {29, K_INT, PHASE_SPECIAL, BOTH, true, TCP, TCP_WINDOW_CLAMP, 0},
+    [OPT_INQ] = {30, K_INT, PHASE_RESTORE, BOTH, false, TCP, TCP_INQ, 0},
 };
 
 int ms_setint(int fd, int level, int name, int value)
@@ -78,16 +79,18 @@ static int read_one(int fd, const struct opt_def *def, uint64_t *value)
 		uint64_t u64;
 		struct timeval tv;
 	} v = {0};
-	socklen_t len = def->kind == K_INT ? sizeof(v.i) :
-			def->kind == K_U64 ? sizeof(v.u64) :
-					     sizeof(v.tv);
+	socklen_t len = def->kind == K_INT   ? sizeof(v.i)
+			: def->kind == K_U64 ? sizeof(v.u64)
+					     : sizeof(v.tv);
 
 	if (getsockopt(fd, def->level, def->name, &v, &len))
 		return -errno;
 	if (def->kind == K_INT)
 		*value = (uint64_t)(int64_t)v.i;
 	else if (def->kind == K_U64)
-		*value = len == sizeof(v.u64) ? v.u64 : (uint32_t)v.i == UINT32_MAX ? UINT64_MAX : (uint32_t)v.i;
+		*value = len == sizeof(v.u64)          ? v.u64
+			 : (uint32_t)v.i == UINT32_MAX ? UINT64_MAX
+						       : (uint32_t)v.i;
 	else
 		*value = (uint64_t)v.tv.tv_sec * 1000000 + (uint64_t)v.tv.tv_usec;
 	return 0;

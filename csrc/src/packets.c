@@ -156,7 +156,9 @@ static int add_play(struct writer *w, const struct flow *f, const struct note_vi
 	if (known_fin)
 		err = add(w, f, v, (struct segment){ms_rcv_end(f), FLAG_ACK | FLAG_FIN, NULL, 0});
 	if (err || v->rst)
-		return err ? err : add(w, f, v, (struct segment){f->rcv_nxt, FLAG_RST | FLAG_ACK, NULL, 0});
+		return err ? err
+			   : add(w, f, v,
+				 (struct segment){f->rcv_nxt, FLAG_RST | FLAG_ACK, NULL, 0});
 	if (v->data_len)
 		err = add_data(w, f, v);
 	else if (v->fin)
@@ -164,8 +166,9 @@ static int add_play(struct writer *w, const struct flow *f, const struct note_vi
 	if (err || known_fin || v->fin || will_speak(f))
 		return err;
 	/*
-	 * One byte that was received long ago. It is in the window's reach for tcp_sequence(), so its
-	 * ack and window count, and it is answered at once, without the rate limit of bare ACKs.
+	 * One byte that was received long ago. It is in the window's reach for tcp_sequence(), so
+	 * its ack and window count, and it is answered at once, without the rate limit of bare
+	 * ACKs.
 	 */
 	return add(w, f, v, (struct segment){ms_rcv_end(f) - 1, FLAG_ACK | FLAG_PSH, &old_byte, 1});
 }
