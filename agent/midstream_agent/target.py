@@ -26,7 +26,7 @@ from midstream_agent import failpoints, peer, pods, tcp
 from midstream_agent.contract import agent_pb2 as pb
 from midstream_agent.handoff import HandoffClient
 from midstream_agent.hold import ADDR_LEAVING, FLOW_HELD
-from midstream_agent.hold_layout import NOTE, NOTE_DATA, NOTE_FIN, NOTE_RST, NOTE_RST_SEEN, NOTE_SEG
+from midstream_agent.hold_layout import NOTE, NOTE_DATA, NOTE_FIN, NOTE_RST, NOTE_RST_SEEN, NOTE_SEG, NOTE_TS
 from midstream_agent.journal import Journal, journals
 from midstream_agent.kv import Geometry, PoolView
 from midstream_agent.node import Attached, Node
@@ -61,6 +61,7 @@ class TargetJob:
     keys: bytes = b""
     streams: int = 0
     activate_ms: float = 0.0
+    sessions: int = 0  # open now: a broken one may end after the next has begun
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     # -- PREPARE ---------------------------------------------------------------------------------------
@@ -389,6 +390,7 @@ class TargetJobs:
     def __init__(self, node: Node) -> None:
         self._node = node
         self.jobs: dict[str, TargetJob] = {}
+        self.tasks = node.tasks
 
     async def recover(self) -> None:
         """Take up what an earlier process of this boot left."""
@@ -419,6 +421,7 @@ class TargetSession(peer.Handler):
     def __init__(self, jobs: TargetJobs, job: TargetJob) -> None:
         self._jobs = jobs
         self._job = job
+        job.sessions += 1
 
     async def handle(self, request: pb.PeerRequest, reply: pb.PeerReply) -> None:
         async with self._job.lock:
@@ -453,10 +456,14 @@ class TargetSession(peer.Handler):
             case other:
                 raise Final("peer_protocol", f"this agent does not know the request {other}: upgrade it first")
 
-    async def session_ended(self) -> None:
+    def session_ended(self) -> None:
+        self._jobs.tasks.start(f"end of {self._job.job_id}'s session", self._end())
+
+    async def _end(self) -> None:
         """Before a checkpoint came there is nothing to wait for; afterwards only the source decides."""
+        self._job.sessions -= 1
         async with self._job.lock:
-            if self._job.state in (NEW, PREPARED):
+            if self._job.state in (NEW, PREPARED) and not self._job.sessions:
                 await self._job.discard()
                 self._jobs.jobs.pop(self._job.job_id, None)
 
@@ -509,26 +516,40 @@ def with_late_payloads(notes: bytes, late: bytes) -> bytes:
 
 
 def merge_notes(ours: bytes, theirs: bytes, count: int) -> bytes:
-    """For each flow the note of the node that heard the client last (it acknowledges more, or sent later)."""
+    """For each flow what both nodes heard, `theirs` later: the newest segment, the payload of either, any RST.
+
+    A flow's packets reach the source's hold first and the target's once the address has moved. What the client sends
+    there may be newer and carry no payload that continues the stream; the payload kept at the source still does.
+    """
     size = tcp.NOTE_BYTES
     if len(ours) != count * size:
         ours = bytes(count * size)
-    merged = bytearray(ours)
-    for i in range(count):
-        a, b = ours[i * size : (i + 1) * size], theirs[i * size : (i + 1) * size]
-        if _newer(b, a):
-            merged[i * size : (i + 1) * size] = b
-    return bytes(merged)
+    return b"".join(_merge_note(ours[at : at + size], theirs[at : at + size]) for at in range(0, count * size, size))
 
 
-def _newer(b: bytes, a: bytes) -> bool:
-    flags_a, flags_b = struct.unpack_from("=I", a, 4)[0], struct.unpack_from("=I", b, 4)[0]
-    if not flags_b:
+def _merge_note(ours: bytes, theirs: bytes) -> bytes:
+    a, b = NOTE.unpack(ours), NOTE.unpack(theirs)
+    segment = b if b[1] & NOTE_SEG and not (a[1] & NOTE_SEG and _before(b[3], a[3])) else a
+    payload = b if _has_more(b, a) else a
+    reset = b if b[1] & (NOTE_RST | NOTE_RST_SEEN) else a
+    flags = segment[1] & (NOTE_SEG | NOTE_TS) | payload[1] & NOTE_PAYLOAD | (a[1] | b[1]) & (NOTE_RST | NOTE_RST_SEEN)
+    absorbed, answered = (a[i] + b[i] & 0xFFFFFFFF for i in (9, 10))
+    return NOTE.pack(b[0], flags, *segment[2:7], *payload[7:9], absorbed, answered, reset[11], payload[12])
+
+
+def _has_more(b: tuple[Any, ...], a: tuple[Any, ...]) -> bool:
+    """Take b's payload? It begins where the stream goes on; a's may be a guess (see midstream_maps.h)."""
+    if not b[1] & NOTE_PAYLOAD:
         return False
-    if not flags_a & NOTE_SEG:
+    if not a[1] & NOTE_PAYLOAD or _before(b[7], a[7]):
         return True
-    ack_a, ack_b = struct.unpack_from("=I", a, 12)[0], struct.unpack_from("=I", b, 12)[0]
-    return bool(((ack_b - ack_a) & 0xFFFFFFFF) < 0x80000000)
+    ends = [n[7] + n[8] + bool(n[1] & NOTE_FIN) for n in (a, b)]
+    return _before(ends[0], ends[1])
+
+
+def _before(a: int, b: int) -> bool:
+    """Sequence numbers compare by signed distance."""
+    return (a - b) & 0xFFFFFFFF >= 0x80000000
 
 
 async def greet(handoff: HandoffClient | None, node: str) -> Any:
