@@ -15,7 +15,7 @@ PRODUCT := operator/midstream_cli agent/midstream_agent runtime/midstream_runtim
 C_FILES := csrc/src/*.[ch] csrc/include/*.h bpf/*.[ch]
 
 .PHONY: help demo build test lint bench clean-testbed proto setup-demo setup-test wheel \
-	test-unit test-contract test-csrc test-bpf test-net test-cluster test-e2e test-vllm test-gpu test-demo
+	test-unit test-contract test-csrc test-bpf test-net test-cluster test-e2e test-vllm test-gpu
 
 help: ## What there is
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
