@@ -87,6 +87,8 @@
  *           Of more than 10 segments all but the last are queued as sent in
  *           begin: the client may have them, its ack may still be on its way,
  *           and acks beyond snd_nxt would be dropped.
+ *           A socket that was CLOSING goes on as LAST_ACK, since PLAY brought the
+ *           client's FIN before ours is sent; to both ends it is the same.
  *
  * UNITS AND BYTE ORDER. Sequence numbers are absolute and in host order, as are
  * all numbers but those of struct ms_flow_key (network order, as in a packet).
