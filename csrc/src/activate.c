@@ -7,10 +7,11 @@
  */
 #include "internal.h"
 
-#define INIT_CWND 10	   /* TCP_INIT_CWND: what a fresh socket may have in flight */
-#define MSS_SMALL 536	   /* RFC 9293, 3.7.1 */
-#define PADDING_MAX 2048   /* segments, some 3 MB at an MTU of 1500 */
+#define INIT_CWND 10     /* TCP_INIT_CWND: what a fresh socket may have in flight */
+#define MSS_SMALL 536    /* RFC 9293, 3.7.1 */
+#define PADDING_MAX 2048 /* segments, some 3 MB at an MTU of 1500 */
 #define NEARBY_RTT_US 5000
+#define ROOM_MAX (1u << 30)
 
 typedef int (*flow_fn)(int fd, struct flow *f, const struct ms_flow_note *note);
 
@@ -170,17 +171,22 @@ static int send_some(int fd, struct flow *f, uint32_t end)
 {
 	const uint8_t *data = f->send + (f->queued - ms_data_start(f));
 	size_t len = end - f->queued;
-	int err, room;
+	bool grown = false;
+	uint32_t room;
+	int err;
 
 	if (!ms_before(f->queued, end))
 		return 0;
 	err = ms_queue_send(fd, &data, &len);
-	if (err == -ENOBUFS) { /* the socket once had room for it, packed otherwise */
-		room = (int)(ms_sndbuf_wanted(f) + f->send_len);
-		if (!ms_setint(fd, SOL_SOCKET, SO_SNDBUFFORCE, room))
-			err = ms_queue_send(fd, &data, &len);
-		ms_reset_sndbuf(fd, f);
+	/* The socket once had room for it, packed otherwise; of small segments most is overhead. */
+	for (room = ms_sndbuf_wanted(f) + f->send_len; err == -ENOBUFS && room < ROOM_MAX; room *= 2) {
+		if (ms_setint(fd, SOL_SOCKET, SO_SNDBUFFORCE, (int)room))
+			break;
+		err = ms_queue_send(fd, &data, &len);
+		grown = true;
 	}
+	if (grown)
+		ms_reset_sndbuf(fd, f);
 	f->queued = end - (uint32_t)len;
 	return err;
 }
