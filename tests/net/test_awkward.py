@@ -7,11 +7,12 @@ streams from everywhere that must not notice anything.
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Iterator
 
 import pytest
-from lines import V4, V6, Lines
+from lines import V4, V6, Line, Lines
 
 pytest_plugins = ["lines_plugin"]
 pytestmark = pytest.mark.usefixtures("others")
@@ -101,6 +102,33 @@ def test_a_connection_that_only_lingers_moves_as_well(lines: Lines) -> None:
         assert int(report["streams"]["migrated"]) == 8 + 1
         line.say("echo nobody reads this any more")
         line.sock.close()
+
+
+# -- a window smaller than a segment -------------------------------------------------------------------------
+
+
+def segment_bytes(lines: Lines, line: Line) -> int:
+    """What the server's kernel takes for a segment to this client, by `ss`."""
+    told = lines.source.run(["ss", "-Htin", "dport", "=", f":{line.port}"]).stdout
+    (size,) = re.findall(r"\bmss:(\d+)", told)
+    return int(size)
+
+
+@pytest.mark.parametrize("rcvbuf", [1, 8192])
+def test_a_client_with_a_window_smaller_than_a_segment_gets_small_segments_after_the_move_too(
+    lines: Lines, rcvbuf: int
+) -> None:
+    """Segments larger than the window waited for the probe timer: 13 s for 400 kB. With the smallest, the queue of
+    tiny segments did not fit the buffer, and the stream ended early."""
+    with lines.no_reset():
+        line = lines.line(rcvbuf=rcvbuf)
+        line.say("flood 400000")
+        before = segment_bytes(lines, line)
+        assert before < 5000
+        lines.moved()
+        assert segment_bytes(lines, line) == before
+        line.expect_flood(400_000)
+        line.is_alive()
 
 
 # -- (c) a client that resets, and (e) its 4-tuple again --------------------------------------------------------
