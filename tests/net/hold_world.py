@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from midstream_agent import tcp
+from midstream_agent.bpf import Map
+from midstream_agent.hold_layout import CTL
 from midstream_testbed import pcap
 from midstream_testbed.capture import HEADERS_SNAPLEN, Capture
 from midstream_testbed.fleet import Agent, Fleet
@@ -37,6 +39,7 @@ HERE = Path(__file__).parent
 PORT = 8000
 PATIENCE_S = 30.0
 TCP_INFO_BYTES = 248
+KEY_PORT = struct.Struct("!H")
 SO_RCVBUFFORCE = 33
 _PIDFD_GETFD = 438
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -94,6 +97,14 @@ class Job:
         """What was shipped, by the client's port: from the target's journal, while the job is held there."""
         path = next(self.target.state_dir.glob(f"journal/*/target-{self.job_id}.checkpoints"))
         return {i.remote[1]: i for i in tcp.Batch.decode(path.read_bytes()).infos()}
+
+    def answers_with(self) -> dict[int, int]:
+        """The rcv_nxt with which the source's hold answers for each flow of this pair, by the client's port."""
+        ours = {tcp.mapped(a) for a in (self.pair.v4, self.pair.v6)}
+        with Map.pinned(self.source.bpffs / "ms_flows") as flows:
+            keys = flows.keys()
+            held = {key: flows.lookup(key) for key in keys if key[:16] in ours}
+        return {KEY_PORT.unpack_from(key, 34)[0]: CTL.unpack(ctl)[3] for key, ctl in held.items() if ctl}
 
     def finish(self, timeout_s: float = 120) -> dict[str, Any]:
         out, _ = self.process.communicate(timeout=timeout_s)
@@ -219,7 +230,7 @@ class Stream:
     def __init__(self, sock: socket.socket, pair: Pair, world: HoldWorld) -> None:
         self.sock = sock
         self.pair = pair
-        self.port = int(sock.getsockname()[1])
+        self.client, self.port = sock.getsockname()[:2]
         self.family = 4 if sock.family == socket.AF_INET else 6
         self._world = world
 
@@ -412,11 +423,15 @@ class Trace:
     @classmethod
     def of(cls, stream: Stream, at_client: list[Packet], injected: list[Packet], after_ns: int = 0) -> Trace:
         """`injected`: what the agent of the node on which it went live played in; its first packet is PRIME."""
-        ends = {"dst": stream.address, "sport": stream.port}
-        primes = pcap.select(injected, **ends, after_ns=after_ns)
+        client = stream.client
+        primes = pcap.select(injected, src=client, sport=stream.port, dst=stream.address, after_ns=after_ns)
         assert primes, f"no packet was played for {stream.address} {stream.port}"
-        ours = pcap.select(at_client, src=stream.address, dport=stream.port)
-        return cls(ours, pcap.select(at_client, **ends), primes[0].ts_ns)
+        ours = pcap.select(at_client, src=stream.address, dst=client, dport=stream.port)
+        theirs = pcap.select(at_client, src=client, sport=stream.port, dst=stream.address)
+        # where client and pod share a node, what was played in is seen as well
+        played = {same(p): p.ts_ns for p in primes}
+        theirs = [p for p in theirs if p.ts_ns < played.get(same(p), p.ts_ns + 1)]
+        return cls(ours, theirs, primes[0].ts_ns)
 
     def known_end(self) -> int:
         """End of the server's payload that had come to the client before it went live."""
@@ -442,6 +457,11 @@ class Trace:
             if end is None or pcap.before(end, p.end):
                 end = p.end
         return found
+
+
+def same(packet: Packet) -> tuple[int | None, ...]:
+    """What makes a packet of a flow the same packet at another place; a retransmission has a newer timestamp."""
+    return (packet.seq, packet.ack, packet.flags, packet.length, packet.tsval, packet.tsecr)
 
 
 def _highest(numbers: Iterator[int] | Any) -> int:
