@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,8 +49,10 @@ STEPS = (step("A"), step("B"), step("C"), step("COMMIT", final=True), step("RELE
 
 
 @pytest.fixture
-def ctx(tmp_path: Path) -> Ctx:
-    return Ctx(Journal.create(tmp_path, "source", "j", {}))
+def ctx(tmp_path: Path) -> Iterator[Ctx]:
+    journal = Journal.create(tmp_path, "source", "j", {})
+    yield Ctx(journal)
+    journal.close()
 
 
 def run(ctx: Ctx) -> saga.Clock:

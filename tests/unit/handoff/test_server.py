@@ -58,6 +58,7 @@ class TapeApp(App):
 class Pod:
     def __init__(self, handoff: Handoff) -> None:
         self.handoff, self.port = handoff, 0
+        self.clients: list[socket.socket] = []
 
     def agent(self) -> HandoffClient:
         sock = socket.socket(socket.AF_UNIX)
@@ -66,6 +67,7 @@ class Pod:
 
     async def client(self, greeting: bytes = b"hi") -> socket.socket:
         sock = socket.create_connection((LOOPBACK, self.port))
+        self.clients.append(sock)
         sock.setblocking(False)
         sock.send(greeting)
         assert await asyncio.get_running_loop().sock_recv(sock, 100) == greeting.upper()
@@ -85,6 +87,8 @@ async def pod(folder: Path) -> AsyncIterator[Pod]:
         made.port = hello.header["listeners"][0]["port"]
         yield made
         task.cancel()
+        for sock in made.clients:
+            sock.close()
 
 
 def run(test: Callable[[], Awaitable[None]]) -> None:

@@ -36,10 +36,11 @@ class TextStream:
         if not self._stop:
             return new, False
         text = self.held + new
-        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        # The one that is complete first ends the answer, so that it does not matter how the text was cut into tokens.
+        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:
             self.held = ""
-            return text[: min(found)], True
+            return text[: min(found)[1]], True
         keep = max(self._overlap(text, stop) for stop in self._stop)
         self.held = text[len(text) - keep :]
         return text[: len(text) - keep], False
