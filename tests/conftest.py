@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# The same examples in each run, so that a failure is somebody's change; LONG=1 looks for new ones.
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None, database=None)
+hypothesis.settings.register_profile("long", deadline=None, max_examples=2000, database=None)
+hypothesis.settings.load_profile("long" if os.environ.get("LONG") else "same")
 
 ALLOWED = Path(__file__).with_name("allowed_skips.txt")
 _unlisted = pytest.StashKey[list[str]]()
