@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from midstream_testbed.fleet import Fleet
 from midstream_testbed.vpc import Vpc
+from town import Town
 from world import World
 
 
@@ -26,3 +27,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 def small_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """MTU 1500 on every link."""
     yield from _world(tmp_path_factory.mktemp("world1500"), 1500)
+
+
+@pytest.fixture
+def town(tmp_path: Path) -> Iterator[Town]:
+    with Vpc.create() as vpc, Fleet(vpc, tmp_path) as fleet:
+        yield Town(vpc, fleet)
