@@ -36,7 +36,8 @@ static int in_repair(int fd)
 	return err ? err : on != 0;
 }
 
-/* Ends repair without a window probe: nothing may be emitted before the client's segment is played. */
+/* Ends repair without a window probe: nothing may be emitted before the client's segment is played.
+ */
 static int leave_repair(int fd, const struct flow *f)
 {
 	int err = ms_setint(fd, IPPROTO_TCP, TCP_REPAIR, TCP_REPAIR_OFF_NO_WP);
@@ -100,7 +101,8 @@ static int queue_padding(int fd, uint32_t count)
 	for (int i = 0; i < 64; i++)
 		messages[i].msg_hdr = (struct msghdr){.msg_iov = &iov, .msg_iovlen = 1};
 	while (count) {
-		int sent = sendmmsg(fd, messages, count < 64 ? count : 64, MSG_DONTWAIT | MSG_NOSIGNAL);
+		int sent =
+		    sendmmsg(fd, messages, count < 64 ? count : 64, MSG_DONTWAIT | MSG_NOSIGNAL);
 
 		if (sent <= 0)
 			return errno == EAGAIN ? -ENOBUFS : -errno;
@@ -194,7 +196,8 @@ static int send_some(int fd, struct flow *f, uint32_t end)
 /* The rest of the queue as new data: Nagle is off for what was in flight already (else: 956 ms). */
 static int send_rest(int fd, struct flow *f)
 {
-	bool nagle = !f->opts[OPT_NODELAY], corked = f->opts[OPT_CORK], open = ms_fin_out(f) && !fin_acked(f);
+	bool nagle = !f->opts[OPT_NODELAY], corked = f->opts[OPT_CORK],
+	     open = ms_fin_out(f) && !fin_acked(f);
 	int err = 0;
 
 	if (nagle && f->queued != ms_data_end(f))
@@ -231,7 +234,8 @@ static int go_live(int fd, struct flow *f)
 	return err;
 }
 
-static struct note_view take_note(struct flow *f, const struct ms_flow_note *note, uint32_t *snd_wnd)
+static struct note_view take_note(struct flow *f, const struct ms_flow_note *note,
+				  uint32_t *snd_wnd)
 {
 	struct note_view v = ms_note_view(f, note);
 
@@ -260,9 +264,10 @@ static int activate_begin(int fd, struct flow *f, const struct ms_flow_note *not
 		err = snd_wnd == f->snd_wnd ? 0 : ms_set_window(fd, f, snd_wnd);
 	f->snd_wnd = snd_wnd;
 	/*
-	 * The hold answered with the dumped value, so the clock goes on from there: ahead of what the
-	 * client saw, and not by the length of the hold, which the client's echo would turn into an
-	 * RTT of seconds. + 2, as the lowest bit says whether the clock ticks in microseconds.
+	 * The hold answered with the dumped value, so the clock goes on from there: ahead of what
+	 * the client saw, and not by the length of the hold, which the client's echo would turn
+	 * into an RTT of seconds. + 2, as the lowest bit says whether the clock ticks in
+	 * microseconds.
 	 */
 	if (!err)
 		err = ms_setint(fd, IPPROTO_TCP, TCP_TIMESTAMP, (int)(f->tsval + 2));
@@ -305,7 +310,8 @@ static int thaw_begin(int fd, struct flow *f, const struct ms_flow_note *note)
 		f->phase = f->phase == PH_DEAD ? PH_DEAD : PH_IN_PLACE;
 		return leave_repair(fd, f);
 	}
-	err = seat_again(fd, f, snd_wnd); /* its clock ran on and is ahead of all that the client saw */
+	err = seat_again(fd, f,
+			 snd_wnd); /* its clock ran on and is ahead of all that the client saw */
 	return err ? err : go_live(fd, f);
 }
 
@@ -338,7 +344,8 @@ static int catch_up(int fd, struct flow *f)
 		off = leave_repair(fd, f);
 	if (err || off)
 		return err ? err : off;
-	if (ms_before(seq, ms_una(f)) || !ms_before(seq, ms_data_end(f) + (ms_fin_out(f) && !fin_acked(f))))
+	if (ms_before(seq, ms_una(f)) ||
+	    !ms_before(seq, ms_data_end(f) + (ms_fin_out(f) && !fin_acked(f))))
 		return 0;
 	f->queued = seq;
 	return send_rest(fd, f);
@@ -358,7 +365,8 @@ static int finish(int fd, struct flow *f, const struct ms_flow_note *note)
 		return push(fd, f);
 	case PH_LIVE_ALREADY:
 		return catch_up(fd, f);
-	case PH_SEATED: /* CLOSING becomes LAST_ACK: the client's FIN was played before ours is sent */
+	case PH_SEATED: /* CLOSING becomes LAST_ACK: the client's FIN was played before ours is sent
+			 */
 		err = send_rest(fd, f);
 		off = settle(fd, f);
 		return err ? err : off;
