@@ -168,8 +168,9 @@ class Connection:
         self._loop.remove_reader(self.sock.fileno())
         if self.handler is not None:
             self.handler.eof()
-        elif self._fin_sent:
-            self.drop()
+        elif self._fin_sent:  # both have finished, but the client may not have all bytes yet
+            self._cancel_linger()
+            self._finish()
 
     def _on_writable(self) -> None:
         self._flush()
