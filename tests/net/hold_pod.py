@@ -9,10 +9,12 @@ The client sends JSON lines:
     {"do": "put", "bytes": N}       N raw bytes follow the line; their CRC comes back as 8 hex digits
     {"do": "token"}                 whenever the connection has become live after a pause, one b"T" is written
     {"do": "tokens", "bytes": N}    N bytes of `stream` every few milliseconds, as an LLM's answer comes, until "stop"
+    {"do": "keep"}                  when the client has finished sending, the server goes on until it has been moved
     {"do": "stop"}                  no more of them, and the server's FIN
     {"do": "close", "bytes": N}     N bytes of `stream`, then the server's FIN
 
-When the client has finished sending, what it asked for is written to the end, then the server finishes too.
+When the client has finished sending, what it asked for is written to the end, then the server finishes too, at once or
+(keep) after the next move.
 """
 
 from __future__ import annotations
@@ -55,9 +57,10 @@ class Player:
         self.offset = 0
         self.token = False
         self.token_bytes = 0
+        self.keep = False
         self.closing = False
 
-    SAVED = ("put_left", "crc", "get_left", "offset", "token", "token_bytes", "closing")
+    SAVED = ("put_left", "crc", "get_left", "offset", "token", "token_bytes", "keep", "closing")
 
     def save(self) -> bytes:
         state = {name: getattr(self, name) for name in self.SAVED}
@@ -98,6 +101,8 @@ class Player:
                 self.connection.write(json.dumps(line).encode() + b"\n")
             case "token":
                 self.token = True
+            case "keep":
+                self.keep = True
             case "tokens":
                 self.token_bytes = int(line["bytes"])
                 self.tick()
@@ -143,7 +148,7 @@ class Player:
         self.pump()
 
     def eof(self) -> None:
-        self.closing = True
+        self.closing = not self.keep
         self.pump()
 
     def lost(self, error: OSError | None) -> None:
@@ -152,6 +157,7 @@ class Player:
     def live(self) -> None:
         if self.token:
             self.connection.write(b"T")
+        self.closing = self.closing or self.connection.eof
         self.tick()
         self.pump()
 
