@@ -12,6 +12,7 @@ PYTEST = $(DEV) -m pytest --junitxml=build/junit/$@.xml
 SETUP_DEMO := run build bpf net
 SETUP_TEST := dev build bpf net
 PRODUCT := operator/midstream_cli agent/midstream_agent runtime/midstream_runtime tests/testbed/midstream_testbed
+TEST_FOLDERS := unit unit/engine unit/gateway unit/handoff contract bpf csrc net e2e bench
 C_FILES := csrc/src/*.[ch] csrc/include/*.h bpf/*.[ch]
 
 .PHONY: help demo build test lint bench clean-testbed proto setup-demo setup-test wheel \
@@ -77,7 +78,8 @@ bench: setup-test build ## All benchmarks; figures beside their goals, JSON unde
 lint: ## ruff, mypy --strict, import-linter, clang-format
 	@scripts/setup.sh dev lint
 	$(DEV) -m ruff check
-	$(DEV) -m mypy $(PRODUCT)
+	$(DEV) -m mypy $(PRODUCT) examples
+	@for folder in $(TEST_FOLDERS); do $(DEV) -m mypy tests/$$folder/*.py || exit 1; done
 	build/venv-dev/bin/lint-imports --no-cache
 	clang-format --dry-run -Werror $(C_FILES)
 

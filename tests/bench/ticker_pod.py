@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Sequence
+from typing import cast
 
-from midstream_runtime.handoff import App, Connection, Handoff, Movable
+from midstream_runtime.handoff import App, Connection, Handler, Handoff, Movable
 
 
 class Ticker:
@@ -64,11 +66,12 @@ class TickerApp(App):
     def restored(self, connection: Connection, state: bytes) -> Ticker:
         return Ticker(connection, self.period_s, int(state))
 
-    async def resume(self, handlers: list[Ticker]) -> None:  # type: ignore[override]
+    async def resume(self, handlers: Sequence[Handler]) -> None:
         for handler in handlers:
-            handler.tick()
+            cast(Ticker, handler).tick()
 
-    activate = resume
+    async def activate(self, handlers: Sequence[Handler]) -> None:
+        await self.resume(handlers)
 
 
 async def main(port: int, period_ms: float) -> None:

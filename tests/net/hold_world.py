@@ -139,9 +139,9 @@ class HoldWorld:
         """Two hosts with agents, and a pair of pods with its addresses for each name ("name@node-b": they begin
         there)."""
         with Vpc.create(mtu=mtu) as vpc, Fleet(vpc, folder) as fleet:
-            hosts = [vpc.host("node-a"), vpc.host("node-b")]
-            world = cls(vpc, fleet, *hosts, vpc.client("client"), vpc.client("client-in", in_vpc=True))
-            for host in hosts:
+            a, b = vpc.host("node-a"), vpc.host("node-b")
+            world = cls(vpc, fleet, a, b, vpc.client("client"), vpc.client("client-in", in_vpc=True))
+            for host in (a, b):
                 fleet.start_agent(host, "--moved-linger-s", "1")
             for i, entry in enumerate(names):
                 name, _, at = entry.partition("@")
