@@ -59,17 +59,25 @@ static uint32_t segment_bytes(const struct flow *f)
 
 /*
  * What the client may have although its ack did not come in time must be in the
- * queue as sent: an ack beyond snd_nxt is dropped. Up to INIT_CWND segments leave
- * at once as new data, which has the same effect and no retransmit timer to wait
- * for; of more, the last segment is new, and its SACK starts the recovery.
- * Returns the end of what is queued as sent.
+ * queue as sent, or leave at once as new data: an ack beyond snd_nxt is dropped,
+ * for ever if nothing more is sent. New data has no retransmit timer to wait for,
+ * but only whole segments are sure to leave: INIT_CWND of them, and within the
+ * window, whose last bytes the old socket may have used with a part of one. Of
+ * more, the last segment is new, and its SACK starts the recovery. Returns the end
+ * of what is queued as sent.
  */
-static uint32_t in_flight_end(const struct flow *f)
+static uint32_t in_flight_end(const struct flow *f, uint32_t snd_wnd)
 {
-	uint32_t end = ms_sent_end(f), segment = segment_bytes(f);
+	uint32_t end = ms_sent_end(f), segment = segment_bytes(f), segments;
 
-	if (fin_acked(f) || ms_before(end, f->una) || end - f->una <= INIT_CWND * segment)
+	if (fin_acked(f) || ms_before(end, f->una))
 		return ms_seat_of(f, f->una);
+	segments = (end - f->una + segment - 1) / segment;
+	if (segments <= INIT_CWND && segments * segment <= snd_wnd)
+		return ms_seat_of(f, f->una);
+	/* The window has shrunk below what is in flight: nothing new may leave. */
+	if (segments <= 1 || end - f->una > snd_wnd)
+		return end;
 	return end - segment;
 }
 
@@ -83,9 +91,9 @@ static uint32_t in_flight_end(const struct flow *f)
  * ten seconds; but there acks are still on their way when the hold ends, and open
  * the window by themselves.
  */
-static uint32_t padding(const struct flow *f)
+static uint32_t padding(const struct flow *f, uint32_t snd_wnd)
 {
-	uint32_t segments = (in_flight_end(f) - ms_seat_of(f, f->una)) / segment_bytes(f);
+	uint32_t segments = (in_flight_end(f, snd_wnd) - ms_seat_of(f, f->una)) / segment_bytes(f);
 
 	if (segments + 2 <= INIT_CWND || segments > PADDING_MAX || f->min_rtt_us > NEARBY_RTT_US)
 		return 0;
@@ -149,7 +157,7 @@ static int queue_as_sent(int fd, struct flow *f, uint32_t end)
 
 static int queue_in_flight(int fd, struct flow *f)
 {
-	uint32_t end = in_flight_end(f);
+	uint32_t end = in_flight_end(f, f->snd_wnd);
 
 	f->queued = ms_seat_of(f, f->una);
 	if (end == f->queued && !fin_acked(f))
@@ -181,7 +189,8 @@ static int send_some(int fd, struct flow *f, uint32_t end)
 		return 0;
 	err = ms_queue_send(fd, &data, &len);
 	/* The socket once had room for it, packed otherwise; of small segments most is overhead. */
-	for (room = ms_sndbuf_wanted(f) + f->send_len; err == -ENOBUFS && room < ROOM_MAX; room *= 2) {
+	for (room = ms_sndbuf_wanted(f) + f->send_len; err == -ENOBUFS && room < ROOM_MAX;
+	     room *= 2) {
 		if (ms_setint(fd, SOL_SOCKET, SO_SNDBUFFORCE, (int)room))
 			break;
 		err = ms_queue_send(fd, &data, &len);
@@ -241,8 +250,8 @@ static struct note_view take_note(struct flow *f, const struct ms_flow_note *not
 
 	f->una = v.ack;
 	f->phase = v.rst ? PH_DEAD : PH_SEATED;
-	f->pad = v.rst ? 0 : padding(f);
 	*snd_wnd = v.segment ? v.window << f->snd_wscale : f->win.snd_wnd;
+	f->pad = v.rst ? 0 : padding(f, *snd_wnd);
 	return v;
 }
 
