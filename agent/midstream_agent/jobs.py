@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import re
 from collections.abc import AsyncIterator
@@ -126,6 +127,9 @@ class SourceJobs:
         for t in job.clock.steps:
             record.report.steps.add(name=t.name, start_ms=t.start_ms, took_ms=t.took_ms, outcome=t.outcome)
         record.job = None
+        if record.report.phase != pb.PHASE_SUCCEEDED:
+            # its exceptions and their frames refer to each other, and to the call whose end closes the connection
+            asyncio.get_running_loop().call_soon(gc.collect)
         record.add(
             pb.MigrateEvent(at_ms=job.clock.now_ms(), phase=record.report.phase, what="end", report=record.report)
         )
@@ -205,6 +209,8 @@ class SourceJobs:
             job.keys = tcp.flow_keys(job.fds)
         plan = job.journal.decided("PLAN")
         job.addresses = plan["addresses"] if plan else list(request.addresses)
+        target = job.journal.decided("TARGET")
+        job.target_addresses = target["addresses"] if target else []
         commit = job.journal.decided("COMMIT")
         if commit:
             job.keys, job.addresses = commit["keys"], commit["addresses"]

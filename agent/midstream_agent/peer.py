@@ -154,8 +154,10 @@ class PeerSession:
             await self._channel.close(None)
             self._channel = None
 
-    async def insist(self, request: pb.PeerRequest, gone: Callable[[], bool]) -> pb.PeerReply | None:
-        """Ask again until an answer comes; None once the peer's node is proven gone.
+    async def insist(
+        self, request: pb.PeerRequest, gone: Callable[[], bool], retrying: Callable[[str], None]
+    ) -> pb.PeerReply | None:
+        """Ask again until an answer comes; None once the peer's node is proven gone. `retrying` hears why.
 
         Silence is no proof. Only an answer, another boot id, or the operator's word ends this loop.
         """
@@ -169,7 +171,8 @@ class PeerSession:
                 if self.rebooted:
                     return None
                 return await self.ask(request)
-            except Retryable:
+            except Retryable as e:
+                retrying(str(e))
                 await asyncio.sleep(pause_s)
                 pause_s = min(pause_s * 2, self._settings.timeouts.retry_max_s)
 
@@ -203,7 +206,7 @@ class PeerService(rpc.PeerServicer):
                 yield reply
         finally:
             if handler is not None:
-                await handler.session_ended()
+                handler.session_ended()
 
     async def _greet(self, hello: pb.PeerHello, reply: pb.PeerReply) -> Handler:
         if hello.protocol < MIN_PROTOCOL or hello.min_protocol > PROTOCOL:
@@ -227,7 +230,8 @@ class Handler:
     async def handle(self, request: pb.PeerRequest, reply: pb.PeerReply) -> None:
         raise NotImplementedError
 
-    async def session_ended(self) -> None:
+    def session_ended(self) -> None:
+        """Whoever called has gone, and this task is being cancelled: work that must be done needs one of its own."""
         raise NotImplementedError
 
 

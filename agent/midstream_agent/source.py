@@ -117,7 +117,8 @@ class SourceJob:
 
     async def insist(self, request: pb.PeerRequest) -> pb.PeerReply | None:
         assert self.peer is not None
-        return await self.peer.insist(request, self.gone)
+        step = {"commit": "COMMIT", "discard": "SEND"}[str(request.WhichOneof("body"))]
+        return await self.peer.insist(request, self.gone, lambda why: self.note(step, "retry", why))
 
 
 # -- CONNECT -----------------------------------------------------------------------------------------------
@@ -238,6 +239,7 @@ async def _ask_prepare(job: SourceJob, streams: list[dict[str, Any]]) -> None:
     )
     reply = await job.peer.ask(pb.PeerRequest(prepare=body))
     job.target_addresses = list(reply.prepared.node_addresses)
+    job.journal.decide("TARGET", addresses=job.target_addresses)
     for address in job.addresses:
         responder_for(address, job.node.settings.node_addresses)
         responder_for(address, job.target_addresses)
@@ -342,7 +344,11 @@ async def thaw(job: SourceJob) -> None:
     """Back to life in the order of ACTIVATE: a thaw that only ends repair stalls clients for up to seconds."""
     if not job.fds or not job.keys:
         return
-    batch = job.batch or tcp.Batch.checkpoint(job.fds)
+    if job.batch is None:
+        # after a restart: how far an earlier process got is not known, its sockets may be live again
+        await hold(job)
+        job.batch = tcp.Batch.checkpoint(job.fds)
+    batch = job.batch
     notes = job.node.hold.read_notes(job.keys, job.streams)
     bring_up(job.node, batch, job.fds, job.keys, notes, thaw=True)
     job.batch = None

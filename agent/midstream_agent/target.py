@@ -376,6 +376,7 @@ class TargetJob:
         self.blanks = await fds_of(self.handoff, self.job_id)
         if not self.blanks and self.journal.decided(ACTIVATED):
             self.state = ACTIVATED  # the pod had them already: only our answer was lost
+            self.node.hold.delete_notes(self.keys, self.streams)
 
     def own_leftovers(self) -> None:
         """Entries of a job that died between making them and journalling RESTORED."""
