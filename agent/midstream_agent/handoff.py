@@ -18,6 +18,8 @@ from typing import Any
 from midstream_runtime.contract import handoff as wire
 from midstream_runtime.contract.errors import Final, Retryable, error_from
 
+from midstream_agent.settings import Limits
+
 _SPACE = socket.CMSG_SPACE(wire.MAX_FDS_PER_FRAME * array.array("i").itemsize)
 
 
@@ -47,8 +49,9 @@ class Answer:
 class HandoffClient:
     """A connected handoff socket."""
 
-    def __init__(self, sock: socket.socket, timeout_s: float) -> None:
+    def __init__(self, sock: socket.socket, timeout_s: float, limits: Limits | None = None) -> None:
         sock.setblocking(False)
+        self._max_fds = (limits or Limits()).streams_per_job
         self._sock = sock
         self._timeout_s = timeout_s
         self._lock = asyncio.Lock()
@@ -93,6 +96,11 @@ class HandoffClient:
         if answer.header.get("kind") == "error":
             answer.close()
             raise error_from(answer.header)
+        try:
+            _check_shape(kind, answer)
+        except (KeyError, TypeError, ValueError) as e:
+            answer.close()
+            raise Final("handoff_protocol", f"the pod's answer to {kind!r} is malformed: {e!r}") from e
         return answer
 
     async def _send(self, data: bytes) -> None:
@@ -110,6 +118,10 @@ class HandoffClient:
                 header, payload, fds = await self._frame()
                 whole.header, whole.fds = header, whole.fds + fds
                 whole.payload += payload
+                if len(whole.payload) > wire.MAX_PAYLOAD_BYTES:
+                    raise Final("handoff_size", "the pod sends a longer answer than the protocol allows")
+                if len(whole.fds) > self._max_fds:
+                    raise Final("handoff_fds", f"the pod sends more than {self._max_fds} sockets")
                 if header.get("id") != wanted:
                     raise Final("handoff_protocol", "the pod answered another request than the one asked")
                 if not header.get("more"):
@@ -141,11 +153,50 @@ class HandoffClient:
                 fds = array.array("i")
                 fds.frombytes(body[: len(body) - len(body) % fds.itemsize])
                 self._fds.extend(fds)
-        if flags & socket.MSG_CTRUNC:
+        if flags & socket.MSG_CTRUNC or len(self._fds) > 2 * wire.MAX_FDS_PER_FRAME:
             raise Final("handoff_fds", "the pod sent more sockets in a message than the protocol allows")
         if not data:
             raise ConnectionResetError("end of stream")
         self._buffer += data
+
+
+def _check_shape(kind: str, answer: Answer) -> None:
+    """Types of what others will take for granted; KeyError, TypeError or ValueError when the pod gave others."""
+    header = answer.header
+    if kind == "hello":
+        _expect(header["version"], int)
+        _expect(header["min_version"], int)
+        _expect(header["pod_kind"], str)
+        _expect(header.get("pool"), dict, type(None))
+        _expect(header.get("model"), dict, type(None))
+        if len(answer.fds) != bool(header.get("pool")):
+            raise ValueError(f"{len(answer.fds)} descriptors come with it")
+        for listener in _expect(header["listeners"], list):
+            _expect(listener["port"], int)
+    elif kind == "streams":
+        for stream in _expect(header["streams"], list):
+            _expect(stream["id"], int)
+            _expect(stream["movable"], bool)
+            for end in ("local", "remote"):
+                address, port = stream[end]
+                _expect(address, str)
+                _expect(port, int)
+    elif kind == "pause":
+        for stream in _expect(header["streams"], list):
+            _expect(stream["id"], int)
+        for block in _expect(header.get("kv", []), list):
+            _expect(block["slot"], int)
+            _expect(block["bytes"], int)
+            bytes.fromhex(block["checksum"])
+    elif kind == "reserve":
+        for slot in _expect(header["slots"], list):
+            _expect(slot, int)
+
+
+def _expect(value: Any, *kinds: type) -> Any:
+    if not isinstance(value, kinds):
+        raise TypeError(f"{type(value).__name__} where {kinds[0].__name__} is expected")
+    return value
 
 
 async def _readable(sock: socket.socket) -> None:

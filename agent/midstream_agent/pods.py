@@ -23,6 +23,7 @@ from midstream_agent import netns
 
 RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_IN_ROOT = 0x02, 0x04, 0x10
 SYS_OPENAT2 = 437
+TCP_CLOSE = 7  # net/tcp_states.h
 _UID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -149,11 +150,22 @@ def check_stream_fds(pod: Pod, fds: list[int], addresses: set[str]) -> list[str 
     A fd must be a TCP socket in the pod's namespace whose local address is a floating IP of that pod.
     """
     home = netns.identity(pod.netns_fd)
-    return [_stream_refusal(fd, home, addresses) for fd in fds]
+    return [twice or _stream_refusal(fd, home, addresses) for fd, twice in zip(fds, _twice(fds), strict=True)]
+
+
+def _twice(fds: list[int]) -> list[str | None]:
+    """A name for each fd whose socket came before in the list already."""
+    seen: set[tuple[int, int]] = set()
+    found: list[str | None] = []
+    for fd in fds:
+        info = os.fstat(fd)
+        found.append("SameSocketTwice" if (info.st_dev, info.st_ino) in seen else None)
+        seen.add((info.st_dev, info.st_ino))
+    return found
 
 
 def _stream_refusal(fd: int, home: tuple[int, int], addresses: set[str]) -> str | None:
-    refusal = _blank_refusal(fd, home)
+    refusal = _socket_refusal(fd, home)
     if refusal is not None:
         return refusal
     return None if local_address(fd) in addresses else "NotOnFloatingIP"
@@ -162,10 +174,22 @@ def _stream_refusal(fd: int, home: tuple[int, int], addresses: set[str]) -> str 
 def check_blank_fds(pod: Pod, fds: list[int]) -> list[str | None]:
     """The same for blank sockets: TCP, in the pod's namespace, not connected."""
     home = netns.identity(pod.netns_fd)
-    return [_blank_refusal(fd, home) for fd in fds]
+    return [twice or _blank_refusal(fd, home) for fd, twice in zip(fds, _twice(fds), strict=True)]
 
 
 def _blank_refusal(fd: int, home: tuple[int, int]) -> str | None:
+    refusal = _socket_refusal(fd, home)
+    if refusal is not None:
+        return refusal
+    sock = socket.socket(fileno=os.dup(fd))
+    try:
+        state = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+    finally:
+        sock.close()
+    return None if state == TCP_CLOSE else "NotBlank"
+
+
+def _socket_refusal(fd: int, home: tuple[int, int]) -> str | None:
     if not stat.S_ISSOCK(os.fstat(fd).st_mode):
         return "NotASocket"
     sock = socket.socket(fileno=os.dup(fd))
