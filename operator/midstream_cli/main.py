@@ -128,7 +128,8 @@ async def status(inventory: Inventory, args: argparse.Namespace, out: Callable[[
             if args.job in ("", report.job_id):
                 found += 1
                 way = f"{report.source_node} -> {report.target_node}"
-                out(f"{report.job_id:<28} {PHASES[report.phase]:<11} {way}  {report.message}")
+                why = f"{report.reason}: {report.message}" if report.reason else report.message
+                out(f"{report.job_id:<28} {PHASES[report.phase]:<11} {way}  {why}")
     if args.job and not found:
         out(f"no agent knows job {args.job}")
     return 0 if found or not args.job else 1
