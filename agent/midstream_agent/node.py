@@ -26,6 +26,8 @@ from midstream_agent.settings import Settings
 
 log = logging.getLogger(__name__)
 CTL = struct.Struct("=8I")  # struct ms_flow_ctl
+# TCP_REPAIR, addresses, TC; /proc/PID/root of pods; their namespaces, and BPF
+CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_SYS_PTRACE": 19, "CAP_SYS_ADMIN": 21}
 
 
 class Tasks:
@@ -80,6 +82,7 @@ class Node:
 
     @classmethod
     async def start(cls, settings: Settings) -> Node:
+        _check_capabilities()
         boot_id = settings.boot_id or journal.kernel_boot_id()
         net = NetWorker(settings)
         nic_index = await net.run(net.setup_nic)
@@ -197,6 +200,17 @@ class Node:
         tmp = self._epoch_file.with_suffix(".tmp")
         tmp.write_text(json.dumps(self._epochs), encoding="utf-8")
         os.replace(tmp, self._epoch_file)
+
+
+def _check_capabilities() -> None:
+    """Said at the start, and not when the first migration fails in its middle."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    have = int(status.partition("CapEff:")[2].split()[0], 16)
+    missing = [name for name, bit in CAPABILITIES.items() if not have >> bit & 1]
+    if missing:
+        raise Final(
+            "no_capability", f"the agent lacks {', '.join(missing)}: add them to its container's securityContext"
+        )
 
 
 async def _gateway(net: NetWorker, index: int, settings: Settings) -> Gateway:

@@ -180,6 +180,14 @@ async def doctor(inventory: Inventory, args: argparse.Namespace, out: Callable[[
 COMMANDS = {"migrate": migrate, "attach": attach, "status": status, "abort": abort, "doctor": doctor}
 
 
+def _said(e: aio.AioRpcError) -> str:
+    """What an agent answered, or that none did."""
+    details = e.details() or str(e.code())
+    if e.code() == grpc.StatusCode.UNAVAILABLE and "connect" in details:
+        return f"no agent answers ({details}): is it running on that node? Its log says why not; try `midstream doctor`"
+    return f"the agent refused: {details}"
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
@@ -188,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"midstream: {e}", file=sys.stderr)
         return 2
     except aio.AioRpcError as e:
-        print(f"midstream: the agent refused: {e.details()}", file=sys.stderr)
+        print(f"midstream: {_said(e)}", file=sys.stderr)
         return 1
 
 
