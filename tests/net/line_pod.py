@@ -105,8 +105,12 @@ class LineHandler:
 
 
 class LineApp(App):
-    kind = "lines"
+    kind = os.environ.get("POD_KIND", "lines")
     handoff: DeafHandoff
+
+    def model(self) -> dict[str, Any] | None:
+        name = os.environ.get("MODEL")
+        return {"name": name, "fingerprint": name} if name else None
 
     def connected(self, connection: Connection) -> Handler:
         return LineHandler(self, connection)

@@ -121,9 +121,9 @@ class Lines:
             fleet.attach(lines.source, address)
         return lines
 
-    def start_pod(self, host: Host, name: str, program: str = "line_pod.py", port: int = PORT) -> Pod:
+    def start_pod(self, host: Host, name: str, program: str = "line_pod.py", port: int = PORT, **env: str) -> Pod:
         argv = [sys.executable, str(HERE / program), str(port)]
-        return self.fleet.run_pod(host.add_pod(name), argv, name.split("-")[0], PATH_MTU=str(self.vpc.mtu))
+        return self.fleet.run_pod(host.add_pod(name), argv, name.split("-")[0], PATH_MTU=str(self.vpc.mtu), **env)
 
     @property
     def source(self) -> Pod:
