@@ -102,7 +102,7 @@ class World:
 
     def hop(self, *options: str) -> dict[str, Any]:
         """Migrate to the other host; follows where the streams are when it succeeded."""
-        report = self.fleet.migrate(self.source.name, self.away, *options)
+        report = self.fleet.migrate(self.source.name, self.away, "--target-pod", self.pods[self.away].name, *options)
         if report["phase"] == "PHASE_SUCCEEDED":
             self.at = self.away
         return report
@@ -110,13 +110,10 @@ class World:
     def hop_in_background(self) -> str:
         """Start a migration to the other host; returns its job id without waiting."""
         job = f"job-{secrets.token_hex(4)}"
-        argv = self.fleet.cli_argv("migrate", self.source.name, "--to", self.away, "--job", job)
+        target = self.pods[self.away].name
+        argv = self.fleet.cli_argv("migrate", self.source.name, "--target-pod", target, "--job", job)
         self.fleet.operator.popen(argv, env=self.fleet.env(), name="migrate")
         return job
-
-    def hop_that_breaks(self) -> str:
-        """The same, for a job during which the source's agent dies: the CLI loses its call."""
-        return self.hop_in_background()
 
     def job_phase(self, job: str) -> str:
         """The job's phase by `midstream status`; empty when no agent knows it (yet)."""
@@ -148,10 +145,10 @@ class World:
         return {k: v for k, v in found.items() if v}
 
     @contextlib.contextmanager
-    def cut_off(self, name: str) -> Iterator[None]:
-        """Agents cannot reach each other: the router drops what goes to or comes from that node's own address."""
-        address = self.agent(name).host.ipv4
-        rules = f"ip saddr {address} drop; ip daddr {address} drop;"
+    def cut_off(self) -> Iterator[None]:
+        """Agents cannot reach each other: the router drops what goes from one node's own address to the other's."""
+        a, b = self.a.ipv4, self.b.ipv4
+        rules = f"ip saddr {a} ip daddr {b} drop\nip saddr {b} ip daddr {a} drop"
         self.vpc.router.nft(
             f"table inet ms_cut {{\nchain c {{\ntype filter hook forward priority -10;\n{rules}\n}}\n}}"
         )
