@@ -14,7 +14,7 @@
 #define UNPRIVILEGED_BUF (2 * 212992) /* what SO_SNDBUF and SO_RCVBUF can set by default */
 #define SMALL_QUEUE 65536
 #define SNDBUF_MAX (1u << 30)
-#define MAXSEG_MIN 88	      /* TCP_MIN_MSS */
+#define MAXSEG_MIN 88 /* TCP_MIN_MSS */
 #define TS_BYTES 12
 #define MAXSEG_MAX 32767 /* MAX_TCP_WINDOW: TCP_MAXSEG takes no more (loopback has 65483) */
 
