@@ -56,7 +56,11 @@ class EngineKeeper:
     async def connect(self) -> tuple[EngineClient, EngineInfo]:
         """A new connection; Retryable when no engine came up in time, Final when it ended by itself."""
         if self._options.engine is None and (self._process is None or self._process.returncode is not None):
-            self._process = await asyncio.create_subprocess_exec(*self._options.engine_argv, "--socket", self._path)
+            try:
+                self._process = await asyncio.create_subprocess_exec(*self._options.engine_argv, "--socket", self._path)
+            except OSError as error:
+                why = f"{self._options.engine_argv[0]} cannot be started ({error.strerror}): see --engine-python"
+                raise Final("engine_failed", why) from error
         try:
             async with asyncio.timeout(ENGINE_START_S):
                 while True:
