@@ -11,7 +11,7 @@ import bisect
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -350,8 +350,18 @@ async def thaw(job: SourceJob) -> None:
         job.batch = tcp.Batch.checkpoint(job.fds)
     batch = job.batch
     notes = job.node.hold.read_notes(job.keys, job.streams)
-    bring_up(job.node, batch, job.fds, job.keys, notes, thaw=True)
+    broken = bring_up(job.node, batch, job.fds, job.keys, notes, thaw=True)
+    count_broken(job.report, "THAW", broken, job.note)
     job.batch = None
+
+
+def count_broken(
+    report: pb.JobReport, step: str, broken: Sequence[str], note: Callable[[str, str, str], None]
+) -> None:
+    """Streams that could not be made live are lost, and the job's status says why."""
+    report.streams.lost += len(broken)
+    for why in sorted(set(broken)):
+        note(step, "stream lost", why)
 
 
 # -- SEND --------------------------------------------------------------------------------------------------
@@ -481,7 +491,13 @@ async def commit(job: SourceJob) -> None:
     finally:
         job.node.set_state(job.keys, FLOW_MOVED)
         job.clients_wait = False
-    job.report.streams.migrated = reply.activated.streams
+    job.report.streams.migrated = reply.activated.streams - len(reply.activated.broken)
+    if reply.activated.broken:
+        count_broken(job.report, "COMMIT", reply.activated.broken, job.note)
+        reasons = ", ".join(sorted(set(reply.activated.broken)))
+        lost = len(reply.activated.broken)
+        why = f"{lost} of {count} streams could not be made live at the target: {reasons}"
+        job.lost = Final("activate_failed", why)
     if job.batch is not None:
         _count_queues(job.report.queues, [i.send_bytes + i.recv_bytes for i in job.batch.infos()])
     if job.frozen_at:

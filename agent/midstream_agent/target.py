@@ -57,6 +57,8 @@ class TargetJob:
     blanks: list[int] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)
     have_kv: set[int] = field(default_factory=set)
+    broken: list[str] = field(default_factory=list)
+    """What failed, for each stream that could not be made live."""
     batch: tcp.Batch | None = None
     keys: bytes = b""
     streams: int = 0
@@ -256,7 +258,7 @@ class TargetJob:
         """The point of no return was crossed at the source: these flows live here now. Idempotent."""
         if self.state == ACTIVATED:
             self._let_syns_in()  # this agent may have died before it did
-            return pb.PeerActivated(streams=self.streams, activate_ms=self.activate_ms)
+            return self._activated()
         if self.state != RESTORED:
             raise Final("job_state", f"job {self.job_id} is {self.state} here: it was never restored")
         if self.handoff is None:
@@ -275,12 +277,15 @@ class TargetJob:
         self._close_blanks()
         self._let_syns_in()
         self.node.hold.delete_notes(self.keys, self.streams)
-        return pb.PeerActivated(streams=self.streams, activate_ms=self.activate_ms)
+        return self._activated()
 
     def _go_live(self, notes: bytes) -> None:
-        """ACTIVATE in the order of facts/tcp.md; no await in here: it is what every client waits for."""
+        """No await in here: it is what every client waits for."""
         assert self.batch is not None
-        bring_up(self.node, self.batch, self.blanks, self.keys, notes, thaw=False)
+        self.broken = bring_up(self.node, self.batch, self.blanks, self.keys, notes, thaw=False)
+
+    def _activated(self) -> pb.PeerActivated:
+        return pb.PeerActivated(streams=self.streams, activate_ms=self.activate_ms, broken=self.broken)
 
     def _let_syns_in(self) -> None:
         for address in self.addresses:
@@ -483,8 +488,9 @@ async def fds_of(handoff: HandoffClient, job_id: str) -> list[int]:
 # -- shared with the source's thaw -----------------------------------------------------------------------
 
 
-def bring_up(node: Node, batch: tcp.Batch, fds: list[int], keys: bytes, notes: bytes, *, thaw: bool) -> None:
+def bring_up(node: Node, batch: tcp.Batch, fds: list[int], keys: bytes, notes: bytes, *, thaw: bool) -> list[str]:
     """Make held flows live: places in the streams first, then the gate, the clients' kept segments, then the rest.
+    Returns what failed, for each flow that is lost with it.
 
     The gate opens only when no socket is in repair any more: a restored one would take a client's packet like any
     other, acknowledge it with a timestamp of this host's own clock, and lose its bytes when it is seated again.
@@ -497,10 +503,10 @@ def bring_up(node: Node, batch: tcp.Batch, fds: list[int], keys: bytes, notes: b
     node.injector.play(batch.client_packets(notes, tcp.PRIME))
     node.injector.play(batch.client_packets(notes, tcp.PLAY))
     problems.append(finish(fds, notes))
-    for errors in problems:
-        for i, error in enumerate(errors):
-            if error:
-                log.error("flow %d of the batch: %s", i, tcp.strerror(error))
+    broken = {i: tcp.strerror(error) for errors in reversed(problems) for i, error in enumerate(errors) if error}
+    for i, why in broken.items():
+        log.error("flow %d of the batch: %s", i, why)
+    return [why for _, why in sorted(broken.items())]
 
 
 def with_late_payloads(notes: bytes, late: bytes) -> bytes:

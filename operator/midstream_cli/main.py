@@ -115,7 +115,7 @@ def _print_report(report: pb.JobReport, out: Callable[[str], Any]) -> None:
     reasons = f" ({', '.join(report.unmovable_reasons)})" if report.unmovable_reasons else ""
     out(
         f"  streams: {counts.total} total, {counts.migrated} migrated, {counts.rolled_back} rolled back, "
-        f"{counts.unmovable} unmovable{reasons}"
+        f"{counts.unmovable} unmovable{reasons}, {counts.lost} lost"
     )
 
 

@@ -1,4 +1,4 @@
-"""Every row of the ACTIVATE table in facts/tcp.md: what was in flight decides who must speak first, and nobody may have
+"""Every row of the ACTIVATE table: what was in flight decides who must speak first, and nobody may have
 to wait for a timer.
 
 Each scenario (a hold of 0.03 to 20 s, a second hop soon after the first, a thaw after a rollback) is one job whose

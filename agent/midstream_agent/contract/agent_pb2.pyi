@@ -1242,17 +1242,23 @@ class PeerActivated(_message.Message):
 
     STREAMS_FIELD_NUMBER: _builtins.int
     ACTIVATE_MS_FIELD_NUMBER: _builtins.int
+    BROKEN_FIELD_NUMBER: _builtins.int
     streams: _builtins.int
     activate_ms: _builtins.float
+    @_builtins.property
+    def broken(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """what failed, one entry a stream that could not be made live: it is lost"""
+
     def __init__(
         self,
         *,
         streams: _builtins.int = ...,
         activate_ms: _builtins.float = ...,
+        broken: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activate_ms", b"activate_ms", "streams", b"streams"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activate_ms", b"activate_ms", "broken", b"broken", "streams", b"streams"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
