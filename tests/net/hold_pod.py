@@ -7,6 +7,7 @@ The client sends JSON lines:
     {"do": "echo", "text": ...}     the line comes back
     {"do": "get", "bytes": N}       N bytes of `stream` come back; a further get goes on where the last one ended
     {"do": "put", "bytes": N}       N raw bytes follow the line; their CRC comes back as 8 hex digits
+    {"do": "sink", "bytes": N}      the same without looking at them: as fast as a server can be
     {"do": "token"}                 whenever the connection has become live after a pause, one b"T" is written
     {"do": "tokens", "bytes": N}    N bytes of `stream` every few milliseconds, as an LLM's answer comes, until "stop"
     {"do": "keep"}                  when the client has finished sending, the server goes on until it has been moved
@@ -53,6 +54,7 @@ class Player:
         self.buffer = b""
         self.put_left = 0
         self.crc = 0
+        self.sink = False
         self.get_left = 0
         self.offset = 0
         self.token = False
@@ -60,7 +62,7 @@ class Player:
         self.keep = False
         self.closing = False
 
-    SAVED = ("put_left", "crc", "get_left", "offset", "token", "token_bytes", "keep", "closing")
+    SAVED = ("put_left", "crc", "sink", "get_left", "offset", "token", "token_bytes", "keep", "closing")
 
     def save(self) -> bytes:
         state = {name: getattr(self, name) for name in self.SAVED}
@@ -84,7 +86,8 @@ class Player:
         """Take a line, or what follows a put, from the front of the buffer; False: more must come first."""
         if self.put_left:
             taken, self.buffer = self.buffer[: self.put_left], self.buffer[self.put_left :]
-            self.crc = zlib.crc32(taken, self.crc)
+            if not self.sink:
+                self.crc = zlib.crc32(taken, self.crc)
             self.put_left -= len(taken)
             if not self.put_left:
                 self.connection.write(b"%08x" % self.crc)
@@ -109,8 +112,8 @@ class Player:
             case "stop":
                 self.token_bytes = 0
                 self.connection.close()
-            case "put":
-                self.put_left, self.crc = int(line["bytes"]), 0
+            case "put" | "sink":
+                self.put_left, self.crc, self.sink = int(line["bytes"]), 0, line["do"] == "sink"
             case "get":
                 self.get_left += int(line["bytes"])
                 self.pump()

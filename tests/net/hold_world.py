@@ -168,12 +168,12 @@ class HoldWorld:
     def places(self) -> dict[str, Namespace]:
         return {"outside": self.outside, "inside": self.inside, "node-a": self.a, "node-b": self.b}
 
-    def hop(self, pair: Pair, failpoints: str = "") -> Job:
+    def hop(self, pair: Pair, failpoints: str = "", *options: str) -> Job:
         """Start a migration to the other host, whose source passes `failpoints`; returns at once."""
         source, job_id = self.agent(pair.at), f"{pair.name}-{secrets.token_hex(3)}"
         report = self.fleet.folder / f"{job_id}.json"
         argv = self.fleet.cli_argv(
-            "migrate", pair.pod.name, "--to", pair.away, "--job", job_id, "--report", str(report)
+            "migrate", pair.pod.name, "--to", pair.away, "--job", job_id, "--report", str(report), *options
         )  # fmt: skip
         fired = source.fired()
         if failpoints:
@@ -205,7 +205,7 @@ class HoldWorld:
         """A client's connection to the pair, known to the pod; `rcvbuf` and `maxseg` are its socket's."""
         sock = (where or self.outside).new_socket(socket.AF_INET if family == 4 else socket.AF_INET6)
         if rcvbuf:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, rcvbuf)
+            sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, rcvbuf)
         if maxseg:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, maxseg)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # as HTTP clients do
@@ -335,7 +335,7 @@ class Info:
         words = struct.unpack_from("=24I", raw, 8)
         return cls(
             state=raw[0], options=raw[5] & 7, wscale=raw[6], rto_us=words[0], snd_mss=words[2], rcv_mss=words[3],
-            unacked=words[4], advmss=words[17], rtt_us=words[15], total_retrans=words[23],
+            unacked=words[4], advmss=words[19], rtt_us=words[15], total_retrans=words[23],
             segs_out=struct.unpack_from("=I", raw, 136)[0], total_rto=struct.unpack_from("=H", raw, 240)[0],
         )  # fmt: skip
 
