@@ -323,7 +323,6 @@ class Info:
     snd_mss: int
     rcv_mss: int
     unacked: int
-    advmss: int
     rtt_us: int
     total_retrans: int
     segs_out: int
@@ -335,7 +334,7 @@ class Info:
         words = struct.unpack_from("=24I", raw, 8)
         return cls(
             state=raw[0], options=raw[5] & 7, wscale=raw[6], rto_us=words[0], snd_mss=words[2], rcv_mss=words[3],
-            unacked=words[4], advmss=words[19], rtt_us=words[15], total_retrans=words[23],
+            unacked=words[4], rtt_us=words[15], total_retrans=words[23],
             segs_out=struct.unpack_from("=I", raw, 136)[0], total_rto=struct.unpack_from("=H", raw, 240)[0],
         )  # fmt: skip
 

@@ -202,7 +202,8 @@ def test_what_the_ends_agreed_on_is_the_same_after_the_move(
     one = sockets[how, kind, changed, family]
     before, after = one.info_before, one.info_after
     assert (after.options, after.wscale) == (before.options, before.wscale)
-    assert (after.snd_mss, after.advmss) == (before.snd_mss - mss_lost(how, kind), before.advmss)
+    # not advmss: it was said in the SYN, and a socket that connects has another idea of it than an accepted one
+    assert after.snd_mss == before.snd_mss - mss_lost(how, kind)
     assert after.state == before.state == 1
     assert before.options & (TIMESTAMPS | SACK | WSCALE) == AGREED[kind]
     assert bool(before.wscale) == bool(AGREED[kind] & WSCALE)
