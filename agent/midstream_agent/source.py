@@ -306,6 +306,23 @@ async def unpause(job: SourceJob) -> None:
 
 
 async def hold(job: SourceJob) -> None:
+    """Freeze the flows; from here on no packet changes their sockets. A connection that has ended since PAUSE looked at
+    it is left out: the streams are paused again without it."""
+    while True:
+        try:
+            freeze(job)
+            if not any(tcp.probe(job.fds)):
+                return
+        except Final as e:
+            if e.code != "tcp_flow_gone":
+                raise
+        await unhold(job)
+        job.keys = b""
+        await _resume(job, job.live_pod()[1])
+        await pause(job)
+
+
+def freeze(job: SourceJob) -> None:
     job.frozen_at = time.monotonic()
     job.keys = tcp.flow_keys(job.fds)
     job.node.hold.create_notes(job.keys, job.streams)
@@ -346,7 +363,7 @@ async def thaw(job: SourceJob) -> None:
         return
     if job.batch is None:
         # after a restart: how far an earlier process got is not known, its sockets may be live again
-        await hold(job)
+        freeze(job)
         job.batch = tcp.Batch.checkpoint(job.fds)
     batch = job.batch
     notes = job.node.hold.read_notes(job.keys, job.streams)

@@ -1,6 +1,6 @@
 """Holds that come and go, for test_unwitting.py: `hold_traffic.py BPFFS`.
 
-Ten times a second FLOWS flows of an address that nobody uses are frozen, held and let go, as by a migration. A line
+Five times a second FLOWS flows of an address that nobody uses are frozen, held and let go, as by a migration. A line
 on stdin starts it, another one ends it; each is answered by the number of rounds so far.
 """
 
@@ -14,7 +14,7 @@ from midstream_agent.hold import FLOW_FROZEN, FLOW_HELD, Hold
 from midstream_agent.hold_layout import CTL
 from midstream_agent.tcp import mapped
 
-ADDRESS, FLOWS, PERIOD_S = "10.77.0.141", 256, 0.1
+ADDRESS, FLOWS, PERIOD_S = "10.77.0.141", 256, 0.2
 
 
 def keys() -> bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
+import json
 import os
 import re
 import secrets
@@ -94,6 +95,10 @@ class Job:
     held_at: str
     process: Process
     report: Path
+
+    def migrated(self) -> int:
+        """Streams, by the report of the job that has ended."""
+        return int(json.loads(self.report.read_text(encoding="utf-8"))["streams"]["migrated"])
 
 
 @dataclass

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.usefixtures("others")
 
 # where the migration waits, and what the hold counts there
 FROZEN, HELD, AT_TARGET = "source.HOLD.do.after", "source.EXPORT.do.after", "source.MOVE_ADDRESS.do.after"
+PAUSED = "source.PAUSE.do.after"  # the pod has stopped, the hold does not answer yet
 ABSORBED = {FROZEN: "absorb_frozen", HELD: "absorb_held dead_drop", AT_TARGET: "absorb_held dead_drop"}
 ROLLED_BACK = "source.SEND.do.before=error"
 EVERYWHERE = pytest.mark.parametrize("where", ABSORBED)
@@ -152,6 +153,31 @@ def test_a_client_that_resets_before_a_rollback_is_gone_at_the_source(lines: Lin
         with lines.during(HELD, then=ROLLED_BACK), lines.meets(lines.at, ABSORBED[HELD]):
             line.reset()
         lines.wait_log(f"lost {line.name} ECONNRESET")
+
+
+@pytest.mark.parametrize("address", [V4, V6])
+def test_a_client_that_resets_before_the_hold_is_left_out_and_the_others_move(lines: Lines, address: str) -> None:
+    with lines.no_reset():
+        line, other = lines.line(address=address), lines.line(address=address)
+        with lines.during(PAUSED) as job:
+            line.reset()
+        lines.wait_log(f"lost {line.name} ECONNRESET")
+        assert job.migrated() == 8 + 1, "the other one and the bystanders"
+        other.is_alive()
+
+
+@pytest.mark.parametrize("address", [V4, V6])
+def test_a_connection_that_ends_before_the_hold_is_left_out_and_the_others_move(lines: Lines, address: str) -> None:
+    """Both have finished but for the client's last ACK."""
+    with lines.no_reset():
+        line, other = lines.line(address=address), lines.line(address=address)
+        line.say("bye 1000")
+        line.expect_flood(1000)
+        line.expect_end()
+        with lines.during(PAUSED) as job:
+            line.sock.close()
+        assert job.migrated() == 8 + 1, "the other one and the bystanders"
+        other.is_alive()
 
 
 @EVERYWHERE
