@@ -192,6 +192,8 @@ static size_t mutate_section(uint8_t *data, size_t size, size_t max, unsigned in
 		return LLVMFuzzerMutate(data, size, max);
 	memcpy(inside, data + start, old);
 	new = LLVMFuzzerMutate(inside, old, old + room);
+	if (new > old + room) /* libFuzzer makes one byte of none even where there is no room */
+		new = old;
 	if (data[at.section] == 1 && seed & 64) /* FLOW has one size only */
 		new = old;
 	memmove(data + start + new, data + at.end, size - at.end);
