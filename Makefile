@@ -13,7 +13,7 @@ SETUP_DEMO := run build bpf net
 SETUP_TEST := dev build bpf net
 PRODUCT := operator/midstream_cli agent/midstream_agent runtime/midstream_runtime tests/testbed/midstream_testbed
 TEST_FOLDERS := unit unit/engine unit/gateway unit/handoff contract bpf csrc net e2e bench
-C_FILES := csrc/src/*.[ch] csrc/include/*.h bpf/*.[ch]
+C_FILES := csrc/src/*.[ch] csrc/include/*.h csrc/fuzz/*.c bpf/*.[ch] tests/bench/*.c
 
 .PHONY: help demo build test lint bench clean-testbed proto setup-demo setup-test wheel \
 	test-unit test-contract test-csrc test-bpf test-net test-cluster test-e2e test-vllm test-gpu
