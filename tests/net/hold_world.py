@@ -370,21 +370,18 @@ class Withhold:
         return set(self._frames)
 
     def release(self) -> None:
-        """The newest packet of each port arrives, at once: nft takes some 50 ms. Then everything passes again."""
+        """The newest packet of each port arrives now; later ones are stopped until `close`: nft takes some 50 ms."""
         self.seen()
         for frame in self._frames.values():
             self._client.send_frame("eth0", as_sent(frame))
         self._frames.clear()
+
+    def close(self) -> None:
+        """Everything passes again."""
+        self._tap.close()
         if self._ports:
             self._router.nft("delete table netdev ms_withhold")
         self._ports.clear()
-
-    def close(self) -> None:
-        try:
-            if self._ports:
-                self.release()
-        finally:
-            self._tap.close()
 
 
 def as_sent(frame: bytes) -> bytes:
@@ -444,14 +441,15 @@ class Trace:
         """The server's packets since it went live."""
         return [p for p in self.ours if p.ts_ns >= self.live_ns]
 
-    def by_timer(self, until_ns: int) -> list[Packet]:
-        """Packets of the client that only a timer of its own explains, from PRIME to `until_ns`: retransmissions,
-        window probes, keepalives. All of them begin before the end of what it had sent."""
+    def by_timer(self, until_ns: int, from_ns: int = 0) -> list[Packet]:
+        """Packets of the client that only a timer of its own explains, from PRIME (or `from_ns`) to `until_ns`:
+        retransmissions, window probes, keepalives. All of them begin before the end of what it had sent."""
+        from_ns = from_ns or self.live_ns
         found: list[Packet] = []
         end: int | None = None
         for p in self.theirs:
             old = end is not None and pcap.before(p.seq, end)
-            if old and self.live_ns <= p.ts_ns <= until_ns:
+            if old and from_ns <= p.ts_ns <= until_ns:
                 found.append(p)
             if end is None or pcap.before(end, p.end):
                 end = p.end
