@@ -218,7 +218,12 @@ class Flow:
     def resumes_by(self) -> tuple[str, ...]:
         """What the client waits for. An upload that was answered with a zero window knows what had come, and goes on
         from there as soon as the window opens."""
-        return ("window",) if self.row == "upload" and self.hold_s >= 0.5 else WAITS_FOR[self.row]
+        return ("window",) if self.row == "upload" and self.told_zero() else WAITS_FOR[self.row]
+
+    def told_zero(self) -> bool:
+        """Did the hold answer the client? After half a second it always has; sooner if the client asked sooner."""
+        assert self.trace is not None
+        return any(p.win == 0 for p in self.trace.ours if self.frozen_ns <= p.ts_ns < self.trace.live_ns)
 
     def resumed_ns(self) -> int:
         """When the client had all that it waits for."""
