@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Installs what a command needs, once, and says so: scripts/setup.sh [run|dev] PART...
+# Installs what a command needs, once, and says so: scripts/setup.sh [run|operator|dev] PART...
 #
-#   run, dev   the Python environment of that name (requirements/NAME.txt), under $MIDSTREAM_CACHE
+#   run, operator, dev   the Python environment of that name (requirements/NAME.txt), under $MIDSTREAM_CACHE
 #   PART       a set of Debian packages: see the table below
 #
 # Prints nothing but what it does; does nothing when everything is there.
@@ -11,6 +11,7 @@ cache=${MIDSTREAM_CACHE:-$HOME/.cache/midstream}
 
 declare -A debian=(
   [run]="python3-venv python3-bpfcc python3-torch"
+  [operator]="python3-venv"
   [dev]="python3-venv python3-bpfcc python3-torch"
   [build]="gcc make libc6-dev"
   [bpf]="linux-headers-amd64 kmod"
@@ -25,7 +26,7 @@ missing=()
 environment=
 for part in "$@"; do
   [ -n "${debian[$part]:-}" ] || { echo "setup: no part '$part'; there are: ${!debian[*]}" >&2; exit 2; }
-  case $part in run|dev) environment=$part ;; esac
+  case $part in run|operator|dev) environment=$part ;; esac
   for package in ${debian[$part]}; do
     [ "$(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null)" = installed ] || missing+=("$package")
   done
