@@ -16,7 +16,7 @@ def _finding(check: str, good: bool, message: str, remedy: str, severity: str = 
 
 async def examine(node: Node) -> list[pb.Finding]:
     """All checks of this node, in the order in which a migration would meet them."""
-    return [*capabilities(), await _holds(node), conntrack_loose(), *mptcp(), *_addresses(node)]
+    return [*capabilities(), await _holds(node), conntrack_loose(), *mptcp(), *_addresses(node), _tunnel(node)]
 
 
 def capabilities(status: Path = Path("/proc/self/status")) -> list[pb.Finding]:
@@ -61,3 +61,10 @@ def _addresses(node: Node) -> list[pb.Finding]:
     nic = node.settings.nic
     both = bool(nic.gateway_v4 or nic.gateway_v6)
     return [_finding("nic", both, f"{nic.name} carries floating IPs", "give --nic-gateway-v4 or --nic-gateway-v6")]
+
+
+def _tunnel(node: Node) -> pb.Finding:
+    """Whether this node can steer at all; whether packets pass to another node is proved in each job's PREPARE."""
+    text = f"VXLAN tunnel on UDP port {node.settings.tunnel_port}: streams change nodes before their address does"
+    remedy = "a kernel with CONFIG_VXLAN; without it clients wait until the network has moved the address"
+    return _finding("tunnel", node.tunnel is not None, text, remedy, "warning")

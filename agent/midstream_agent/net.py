@@ -43,6 +43,7 @@ class Link:
     index: int
     name: str
     mac: str
+    pod_mac: str = ""
 
 
 class NetWorker:
@@ -134,11 +135,12 @@ class NetWorker:
         with netns.inside(pod_netns):
             try:
                 with IPRoute() as pod:
-                    peer = pod.get_links(ifname="eth0")[0].get_attr("IFLA_LINK")
+                    eth0 = pod.get_links(ifname="eth0")[0]
+                    peer = eth0.get_attr("IFLA_LINK")
             except (NetlinkError, IndexError) as e:
                 raise Final("no_pod_interface", "the pod has no eth0: a hostNetwork pod cannot be migrated") from e
         link = self.host.get_links(peer)[0]
-        return Link(peer, link.get_attr("IFLA_IFNAME"), link.get_attr("IFLA_ADDRESS"))
+        return Link(peer, link.get_attr("IFLA_IFNAME"), link.get_attr("IFLA_ADDRESS"), eth0.get_attr("IFLA_ADDRESS"))
 
     def add_pod_address(self, pod_netns: int, address: str) -> bool:
         """Put the floating IP on the pod's eth0; returns False when it was there."""

@@ -43,6 +43,9 @@ class Timeouts:
     probe_interval_max_ms: float = 50.0
     retry_s: float = 0.2  # between two tries of what must succeed (COMMIT, DISCARD)
     retry_max_s: float = 2.0
+    tunnel_probe_s: float = 1.0  # a round trip between two nodes, several times over
+    remaining_poll_s: float = 0.2  # streams that finish at the source: how often they are counted
+    orphan_linger_s: float = 120.0  # address here, its former node silent: its streams are over by then
     moved_linger_s: float = 60.0  # late packets of a moved flow must not reach the old listener
     stop_s: float = 5.0
 
@@ -52,6 +55,8 @@ class Limits:
     """Bounds on what a pod or a peer may make this agent hold in memory."""
 
     streams_per_job: int = 20_000
+    batch_streams: int = 128  # a client waits for its batch: about 20 ms for so many
+    parallel_batches: int = 2  # one is restored while the next is frozen
     kv_chunk_bytes: int = 1 << 20  # a gRPC message of this size costs no copy more than larger ones
     message_bytes: int = 256 << 20
     jobs_remembered: int = 64
@@ -71,6 +76,7 @@ class Settings:
     handoff_path: str = "/run/midstream/handoff.sock"
     nic: Nic = field(default_factory=Nic)
     probe_port: int = 9444
+    tunnel_port: int = 9445  # not 4789, which a CNI's overlay may use
     timeouts: Timeouts = field(default_factory=Timeouts)
     limits: Limits = field(default_factory=Limits)
     boot_id: str = ""  # empty: the kernel's

@@ -17,7 +17,7 @@ Linux takes at most 253 a message (SCM_MAX_FD), so a reply with more is several 
 | prepare | job, addresses | | nothing is closed any more while bytes of it are queued |
 | settle | job, addresses | accepted | accepts until the kernel has no more |
 | streams | addresses | streams: id, local, remote, movable, reason, tokens, kv_bytes | nothing |
-| pause | job, addresses, exclude | streams, kv; payload: state; fds: sockets | freezes them at a token boundary |
+| pause | job, addresses, exclude, streams | streams, kv; payload: state; fds | freezes them at a token boundary |
 | resume | job | | goes on as if nothing had happened; also ends `prepare` |
 | release | job | | closes its copies and forgets the requests |
 | blank | job, families (4 or 6) | fds: sockets, unbound | makes them; asked again it replaces them |
@@ -40,7 +40,8 @@ from typing import Any
 
 from midstream_runtime.contract.errors import Final
 
-VERSION = 1
+VERSION = 2
+"""2: `pause` takes some of the streams, so that a pod's streams move in batches."""
 MIN_VERSION = 1
 """The oldest version that this side still understands."""
 
