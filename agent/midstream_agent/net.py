@@ -34,6 +34,7 @@ from midstream_agent.settings import Settings
 P = ParamSpec("P")
 T = TypeVar("T")
 NUD_NONE, NTF_USE = 0x00, 0x01
+TABLE_MAIN, TABLE_LOCAL, RTN_LOCAL = 254, 255, 2  # linux/rtnetlink.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +189,28 @@ class NetWorker:
                 if (dst := route.get_attr("RTA_DST")) in ours:
                     found[str(dst)] = int(route.get_attr("RTA_OIF"))
         return found
+
+    def check_free(self, address: str, link_index: int) -> None:
+        """Refuse an address that leads elsewhere on this node: its route would be replaced, and who had it cut off."""
+        for route in self.host.get_routes(family=netns.family_of(address)):
+            if route.get_attr("RTA_DST") != address or route["dst_len"] != _bits(address):
+                continue
+            index, table = route.get_attr("RTA_OIF"), route.get_attr("RTA_TABLE")
+            if table == TABLE_LOCAL and route["type"] == RTN_LOCAL:
+                raise Final(
+                    "address_taken",
+                    f"{address} is this node's own, on {_name(index)}: whatever configures the NIC must leave it alone",
+                )
+            if table == TABLE_MAIN and index != link_index:
+                raise Final("address_taken", f"{address} is routed to {_name(index)} of this node: free it first")
+
+
+def _name(ifindex: int | None) -> str:
+    """Of an interface that may go away at any time; a blackhole route has none."""
+    try:
+        return socket.if_indextoname(ifindex or 0)
+    except OSError:
+        return f"interface {ifindex}" if ifindex else "nowhere"
 
 
 def _bits(address: str) -> int:

@@ -128,6 +128,7 @@ class Node:
 
     async def plumb(self, at: Attached, address: str, route: bool) -> bool:
         """Bring a floating IP to a pod; without `route` no packet of this host goes there yet."""
+        await self.net.run(self.net.check_free, address, at.link.index)
         added = await self.net.run(self.net.add_pod_address, at.pod.netns_fd, address)
         await self.net.run(self.net.add_rules, address)
         if route:
