@@ -135,8 +135,11 @@ def test_a_window_smaller_than_a_segment_is_filled_at_once(lab_of: Any, move: An
     unsent = [not_sent(sock) for sock in live]
     assert unsent == [i.send_bytes - i.snd_wnd for i in before]
     assert all(0 < i.snd_wnd < MTU for i in before)
-    finish(pairs, live, sent)
+    wait_full([client for client, _ in pairs])
+    full = [n + i.snd_wnd for n, i in zip(SMALL_WINDOW, before, strict=True)]
+    assert [unread(client) for client, _ in pairs] == full
     assert [retransmitted(sock) for sock in live] == [0] * len(pairs)
+    finish(pairs, live, sent)
 
 
 def not_sent(sock: socket.socket) -> int:
