@@ -9,7 +9,7 @@ import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
-from midstream_runtime.contract.errors import Final, MidstreamError
+from midstream_runtime.contract.errors import Final, MidstreamError, Retryable
 
 from midstream_agent import batches, saga, source
 from midstream_agent.contract import agent_pb2 as pb
@@ -171,7 +171,7 @@ class SourceJobs:
         record.job = job
         log.info("job %s: taken up after a restart of the agent", request.job_id)
         try:
-            await self._take_up(job)
+            await self._take_up_until_done(job)
             if journal.decided("COMMIT"):
                 await self._recover_batches(job)
                 await saga.roll_forward(STEPS, job, job.clock)
@@ -205,6 +205,20 @@ class SourceJobs:
             job.moved_keys += batch.moved_keys
             batch.close()
             journal.remove()
+
+    async def _take_up_until_done(self, job: SourceJob) -> None:
+        """A pod that is too busy to answer is asked again: given up here, its streams would stay held for ever."""
+        timeouts = self._node.settings.timeouts
+        pause_s = timeouts.retry_s
+        while True:
+            try:
+                return await self._take_up(job)
+            except (Retryable, OSError) as e:
+                log.warning("job %s: not taken up yet: %s", job.request.job_id, e)
+                job.note("CONNECT", "retry", f"take up: {e}")
+                job.close()
+                await asyncio.sleep(pause_s)
+                pause_s = min(pause_s * 2, timeouts.retry_max_s)
 
     async def _take_up(self, job: SourceJob) -> None:
         """Bring back what the dead process held: pod, fds, peer, addresses."""

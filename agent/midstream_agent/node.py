@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import struct
+import time
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,11 +147,23 @@ class Node:
 
     async def plumb(self, at: Attached, address: str, route: bool) -> bool:
         """Bring a floating IP to a pod; without `route` no packet of this host goes there yet."""
+        await self.net.run(self.net.check_free, address, at.link.index)
         added = await self.net.run(self.net.add_pod_address, at.pod.netns_fd, address)
         await self.net.run(self.net.add_rules, address)
         if route:
             self.routes.add(address, at.link.index)
         return added
+
+    async def settle_handshakes(self, at: Attached, addresses: list[str]) -> int:
+        """Wait until no connection to addresses that let no SYN in any more is half made: its client may take it for
+        made already, and a node to which it did not move would reset it. Returns how many still are."""
+        timeouts = self.settings.timeouts
+        end = time.monotonic() + timeouts.handshake_s
+        while True:
+            await asyncio.sleep(timeouts.accept_settle_ms / 1000)
+            left = await self.net.run(self.net.handshakes, at.pod.netns_fd, addresses)
+            if not left or time.monotonic() > end:
+                return left
 
     async def unplumb(self, at: Attached, address: str) -> None:
         self.unroute(at, address)

@@ -38,6 +38,7 @@ class Timeouts:
     peer_connect_s: float = 5.0
     peer_reply_s: float = 15.0  # one reply before the point of no return; then: roll back
     accept_settle_ms: int = 50  # one round trip of a far client: its SYN-ACK's answer arrives
+    handshake_s: float = 4.0  # SYN-ACKs are repeated after 1 and 3 s; who is still silent then has gone
     address_confirm_s: float = 20.0  # EC2 moves an address in seconds; afterwards move it back
     probe_interval_ms: float = 0.25  # first probe of the path; doubles up to the next line
     probe_interval_max_ms: float = 50.0

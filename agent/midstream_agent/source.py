@@ -210,7 +210,7 @@ async def disconnect(job: SourceJob) -> None:
 
 async def prepare(job: SourceJob) -> None:
     """All that takes time and needs no client to wait."""
-    _, handoff = job.live_pod()
+    at, handoff = job.live_pod()
     job.node.address_comes_back(job.addresses)
     fields = {"job": job.request.job_id, "addresses": job.addresses}
     await handoff.ask("prepare", fields)
@@ -222,8 +222,8 @@ async def prepare(job: SourceJob) -> None:
     if job.transit is None:
         for address in job.addresses:
             job.node.hold.set_addr(address, ADDR_LEAVING)
-    # a handshake under way completes within a round trip; what completes later was silenced as a SYN
-    await asyncio.sleep(job.node.settings.timeouts.accept_settle_ms / 1000)
+    if left := await job.node.settle_handshakes(at, job.addresses):
+        job.note("PREPARE", "left behind", f"{left} connections whose clients did not complete the handshake")
     await handoff.ask("settle", fields)
     settled = await list_streams(job)
     if len(settled) != len(streams):
