@@ -245,7 +245,7 @@ proctype Job() {
 	byte b;
 end:
 	do
-	:: atomic { sup && !stop -> stop = 1; EV(ABORT) }
+	:: atomic { sup && !stop && !released -> stop = 1; EV(ABORT) }
 	:: atomic { sup && !released && ALL(ENDED) -> released = 1; finish = !tdead; EV(RELEASE) }
 #if MUTANT == 9
 	:: atomic { sup && !released && !finish && !tdead && ALL(IS_MOVED) -> finish = 1; EV(BROKEN) }
