@@ -10,7 +10,6 @@ decisions in both journals, and where the network delivers the address.
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
 import json
 import signal
@@ -40,6 +39,7 @@ STOPS = {
     "HEAR_ACTIVATED": (SOURCE, "source.COMMIT.do.after"),
     "HEAR_LOST": (SOURCE, "source.COMMIT.do.after"),
     "LOSE_TO_DEAD_TARGET": (SOURCE, "source.COMMIT.do.after"),
+    "TAKE_ADDRESS_BACK": (SOURCE, "source.SEND.undo.after"),  # it has moved, and is proved, by then
     "THAW_NOTHING_SENT": (SOURCE, "source.EXPORT.undo.after"),
     "THAW_DISCARDED": (SOURCE, "source.EXPORT.undo.after"),
     "THAW_TARGET_GONE": (SOURCE, "source.EXPORT.undo.after"),
@@ -75,13 +75,17 @@ class Led:
         self.seen += self.agent.fired()[self.seen :].index(point) + 1
         self.at = point
 
+    @property
+    def armed(self) -> Path:
+        """What the agent has yet to take up."""
+        return Path(self.agent.env["MIDSTREAM_FAILPOINT_FILE"])
+
     def kill(self) -> None:
         self.agent.process.kill()
         if self.agent.process.wait(10) != -signal.SIGKILL:
             raise AssertionError(f"the agent had ended before it was killed:\n{self.agent.log[-3000:]}")
         self.at = ""
-        with contextlib.suppress(FileNotFoundError):
-            Path(self.agent.env["MIDSTREAM_FAILPOINT_FILE"]).unlink()
+        self.armed.unlink(missing_ok=True)
 
 
 @dataclass
@@ -117,6 +121,12 @@ class Replay:
             if led.agent.process.poll() is None:
                 led.go_on()
         return self.world.wait_job(self.job)
+
+    def give_up(self) -> None:
+        """After a failure: kill both agents, as either may wait for a row that does not come."""
+        for led in self.led.values():
+            if led.agent.process.poll() is None:
+                led.kill()
 
     # -- doing a row -----------------------------------------------------------------------------------
 
@@ -184,6 +194,7 @@ class Replay:
 
     def _take_address_back(self, i: int) -> None:
         self.release(TARGET, i)
+        self.step(i, SOURCE, STOPS["TAKE_ADDRESS_BACK"][1])
 
     def _thaw_discarded(self, i: int) -> None:
         self.release(TARGET, i)
@@ -204,6 +215,8 @@ class Replay:
     def _lose(self, i: int) -> None:
         """The answer that the target is about to give, and its session with it."""
         led = self.led[TARGET]
+        if "TARGET_CRASHES" in self.done and not led.at:
+            return  # it was lost with the agent
         assert led.at.startswith("target.reply."), f"at {led.at!r} there is no answer to lose"
         led.go_on(self.next_stop(TARGET, i), f"{led.at}=error")
 
@@ -223,11 +236,17 @@ class Replay:
         self.led[SOURCE].reach(stop)
 
     def _target_restarts(self, i: int) -> None:
-        self.restart(TARGET, self.next_stop(TARGET, i))
+        """What it has not journalled as restored it throws away before it listens, and must not wait then."""
+        stop, (restored, _, discarded) = self.next_stop(TARGET, i), self.rows[i].target
+        holds = restored and not discarded
+        self.restart(TARGET, stop if holds else "")
+        if not holds:
+            self.led[TARGET].go_on(stop)
 
     def restart(self, side: str, stop: str) -> None:
         led = self.led[side]
-        led.go_on(stop)
+        if stop:
+            led.go_on(stop)
         self.world.fleet.restart_agent(led.agent)
 
     def _target_dies(self, i: int) -> None:
