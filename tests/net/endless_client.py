@@ -1,4 +1,4 @@
-"""Clients of bytes_pod.py whose streams go on until the test says otherwise: `endless_client.py ADDRESS PORT COUNT SEED`.
+"""Clients of bytes_pod.py whose streams go on until the test ends: `endless_client.py ADDRESS PORT COUNT SEED`.
 
 When a line comes on stdin, each stream must still bring MORE bytes; then one JSON line tells how many did, and what was
 wrong with the others. Every byte is checked.

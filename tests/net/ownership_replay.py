@@ -228,10 +228,8 @@ class Replay:
 
     def _source_restarts(self, i: int) -> None:
         """Waits where it goes on: before the first undo, or once COMMIT is in its journal (again)."""
-        if "COMMIT" in self.done:
-            stop = STOPS["COMMIT"][1]
-        else:
-            stop = f"source.{self.last_begun(i)}.undo.before"
+        committed = "COMMIT" in self.done
+        stop = STOPS["COMMIT"][1] if committed else f"source.{self.last_begun(i)}.undo.before"
         self.restart(SOURCE, stop)
         self.led[SOURCE].reach(stop)
 

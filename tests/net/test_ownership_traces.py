@@ -1,4 +1,4 @@
-"""Real agents do what the model of docs/ownership.md does: its shortest runs that go through each row, played on two nodes.
+"""Real agents do what the model of docs/ownership.md does: its shortest runs through each row, played on two nodes.
 
 See ownership_replay.py for how, and agent/midstream_agent/model/ownership.pml for the model. The clients check every
 byte of their streams.

@@ -204,7 +204,8 @@ end:
 	:: atomic { tup && state[b] == ACTIVATING && tpod -> go_live(b); said_activated[b] = !sdead; EV(GO_LIVE) }
 	:: atomic { tup && commit[b] && state[b] == ACTIVATED && !said_activated[b] && !sdead ->
 		said_activated[b] = 1; EV(COMMIT_AGAIN) }
-	:: atomic { tup && commit[b] && !said_unknown[b] && !sdead && (state[b] == NOTHING || state[b] == FORGOTTEN) ->
+	:: atomic { tup && commit[b] && !said_unknown[b] && !sdead && !released &&
+		(state[b] == NOTHING || state[b] == FORGOTTEN) ->
 		said_unknown[b] = 1; EV(COMMIT_UNKNOWN) }
 	/* the pod has gone, and its sockets with it: said, so that the job ends */
 	:: atomic { tup && commit[b] && !tpod && !said_lost[b] && !sdead && (state[b] == RESTORED || state[b] == ACTIVATING) ->
@@ -228,8 +229,9 @@ end:
 		said_discarded[b] = 1; EV(DISCARD_AGAIN) }
 	/* said before the source's node died, and late */
 	:: atomic { tup && discard[b] && state[b] == ACTIVATED -> assert(sdead); discard[b] = 0; EV(REFUSE_DISCARD) }
-	/* nothing came, and nothing will: the session has ended */
-	:: atomic { tup && state[b] == PREPARED && (!sup || released) -> state[b] = DISCARDED; EV(SESSION_ENDED) }
+	/* nothing was journalled, and whoever asked has gone: the session has ended */
+	:: atomic { tup && (state[b] == PREPARED || state[b] == RESTORING) && (!sup || released || phase[b] == ABORTING) ->
+		state[b] = DISCARDED; EV(SESSION_ENDED) }
 
 #if MUTANT == 3 || MUTANT == 13
 	:: atomic { tup && state[b] == RESTORED -> activated[b] = 1; state[b] = ACTIVATING; EV(BROKEN) }
