@@ -6,8 +6,8 @@ Every step of the saga passes `point("<side>.<STEP>.<do|undo>.<before|after>")`.
 
 Actions: `kill` (SIGKILL to this process), `error` (a retryable failure), `hang` (wait until cancelled),
 `delay:<ms>`, `wait` (until the agent is armed again; then the same failpoint is passed anew, so that it can
-be armed with what shall come of it). A failpoint fires once, unless its action ends in `*`. Before it acts it appends its name to
-the file $MIDSTREAM_FAILPOINT_LOG, so that a test can assert where it killed. Nothing is armed by default.
+be armed with what shall come of it). A failpoint fires once, unless its action ends in `*`. Before it acts it appends
+its name to the file $MIDSTREAM_FAILPOINT_LOG, so that a test can assert where it killed. Nothing is armed by default.
 
 A running agent can be armed too: where $MIDSTREAM_FAILPOINT_FILE is set, each failpoint takes up what that file says
 and removes it.

@@ -17,7 +17,7 @@ DOCUMENT = Path(__file__).resolve().parents[2] / "docs/ownership.md"
 SAFETY, ENDS = ("-DSAFETY",), ("-DNP",)
 STEER_ONLY = {"MOVE_EARLY", "MOVE_BACK", "ADDRESS_REVERSED"}
 WAIT_ONLY = {"TAKE_ADDRESS", "PROVE_ADDRESS", "TAKE_ADDRESS_BACK"}
-IMPOSSIBLE = {"HEAR_UNKNOWN"}
+IMPOSSIBLE = {"COMMIT_UNKNOWN", "HEAR_UNKNOWN"}
 
 TWO_OWNERS = {"!(slive[b])", "!(tlive[b])"}
 ONLY_ON_COMMIT = "(decided[b]||sdead)"
