@@ -342,12 +342,12 @@ progress_storm:
 	:: atomic { tpod && !tdead -> tpod = 0; for (b : 0 .. N - 1) { target_pod_dies(b) }; b = 0; EV(TARGET_POD_DIES) }
 	:: lose(finish)
 	:: lose(ship[0]) :: lose(commit[0]) :: lose(discard[0]) :: lose(said_restored[0]) :: lose(said_activated[0])
-	:: lose(said_discarded[0]) :: lose(said_lost[0]) :: lose(said_unknown[0])
+	:: lose(said_discarded[0]) :: lose(said_lost[0])
 #ifdef WAIT
 	:: lose(move[0]) :: lose(said_moved[0])
 #else
 	:: lose(ship[1]) :: lose(commit[1]) :: lose(discard[1]) :: lose(said_restored[1]) :: lose(said_activated[1])
-	:: lose(said_discarded[1]) :: lose(said_lost[1]) :: lose(said_unknown[1])
+	:: lose(said_discarded[1]) :: lose(said_lost[1])
 #endif
 	:: break
 	od
