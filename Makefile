@@ -42,6 +42,7 @@ test: ## All tests, each kind under its own time limit
 	@scripts/parts.sh test
 
 test-unit: setup-test build ## Without root's powers: pieces of the product
+	@scripts/setup.sh model
 	$(PYTEST) tests/unit
 
 test-contract: setup-test build ## Pairs that must agree: stubs, layouts, names, documents
@@ -56,7 +57,7 @@ test-bpf: setup-test build ## The BPF programs in the kernel
 	$(PYTEST) tests/bpf
 
 test-net: setup-test build ## Whole migrations on the testbed
-	@scripts/setup.sh clients
+	@scripts/setup.sh clients model
 	$(PYTEST) tests/net
 
 test-cluster: ## On a Kubernetes control plane (no tests yet)
