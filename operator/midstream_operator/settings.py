@@ -30,6 +30,7 @@ class Timeouts:
 
     agent_connect_s: float = 3.0  # an agent that does not answer is retried, not waited for
     agent_reply_s: float = 10.0  # attaching an address: netlink and a handful of packets
+    agent_patience_s: float = 30.0  # an agent that was never reached for so long: the job is refused
     retry_s: float = 0.5  # first pause after a failure that may pass; doubles
     retry_max_s: float = 5.0  # and no longer than this: the deadline of a spot node is 120 s away
     resync_s: float = 20.0  # all objects are looked at again, also when no event came

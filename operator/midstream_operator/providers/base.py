@@ -34,6 +34,7 @@ class AddressProvider(Protocol):
     """One way to move an address. `name` is FloatingIP.spec.provider."""
 
     name: str
+    announces: bool  # the agent tells the network when it attaches an address
 
     async def check(self, pool: Pool) -> None:
         """At the start: that this pool can be served at all (rights, reservation, conflicts)."""
