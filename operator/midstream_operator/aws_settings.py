@@ -36,10 +36,11 @@ class SqsSettings:
     long_poll_s: int = 20  # SQS' maximum
     visibility_s: int = 20  # a message that could not be recorded comes again after this
     batch: int = 10  # SQS' maximum
-    pollers: int = 2  # a flood of 10,000 messages must not delay the one that matters
+    pollers: int = 4  # a flood of 10,000 messages must not delay the one that matters
     retry_s: float = 1.0  # first pause while SQS does not answer; doubles
     retry_max_s: float = 15.0
     notice_s: float = 120.0  # between a spot notice's time and the end of its instance, as EC2 promises
+    hibernate_s: float = 10.0  # hibernation begins with its notice: what is done at once may still be done
     heartbeat_s: float = 30.0  # of a lifecycle action; its own timeout is 30 s at least
 
 

@@ -45,6 +45,7 @@ class Ec2Provider:
     """AddressProvider and NodeWitness."""
 
     name = "ec2"
+    announces = False  # the VPC's network learns of a move from EC2 alone
 
     def __init__(self, settings: Ec2Settings, *, imds: Witness | None = None, path: Witness | None = None) -> None:
         self.settings = settings
