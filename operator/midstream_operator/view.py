@@ -22,6 +22,7 @@ LEAVING_TAINTS = (
     "DeletionCandidateOfClusterAutoscaler",
     "node.kubernetes.io/out-of-service",
 )
+DELETED = "being deleted"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,7 @@ class Node:
         conditions = (obj.get("status") or {}).get("conditions") or []
         keys = [t["key"] for t in spec.get("taints") or []]
         leaving = next((k for k in keys if k.startswith(LEAVING_TAINTS)), "")
+        leaving = leaving or (DELETED if meta.get("deletionTimestamp") else "")
         return cls(
             name=meta["name"],
             provider_id=spec.get("providerID", ""),
