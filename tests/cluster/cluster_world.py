@@ -346,7 +346,6 @@ def configuration(ca: Path, cert: Path, key: Path) -> Json:
         "pools": [
             {"name": "default", "provider": "l2", "cidrs": [POOL]},
             {"name": "tiny", "provider": "l2", "cidrs": ["10.98.0.1/32"]},
-            {"name": "cloud", "provider": "ec2", "cidrs": ["10.97.0.0/28"]},
         ],
         "timeouts": {
             "resyncS": 1,

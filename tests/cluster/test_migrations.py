@@ -311,9 +311,11 @@ def test_a_second_job_of_a_pod_waits_for_the_first(world: World, place: Place) -
         first = place.add_job()
         place.wait_job(first, "Switching")
         second = place.add_job()
-        wait_for("the reason", lambda: "another job moves pod llm-0" in place.status(second).get("message", ""))
+        wait_for("the reason", lambda: "another job moves its streams" in place.status(second).get("message", ""))
     place.wait_job(first, "Succeeded")
-    assert place.wait_job(second, "Failed")["reason"] == "NoFloatingIp"
+    status = place.wait_job(second, "Succeeded")
+    assert status["reason"] == "NothingToMove"
+    assert status.get("streams") is None
 
 
 def test_no_more_than_the_limit_leave_a_node_at_once(world: World, place: Place) -> None:
