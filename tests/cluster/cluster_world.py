@@ -68,8 +68,10 @@ class Agents:
 
     def stop(self) -> None:
         assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self.process.stdin.close()
         self.process.wait(10)
+        self.process.stdout.close()
 
     @contextlib.contextmanager
     def stopped_at(self, *steps: str) -> Iterator[None]:
