@@ -33,6 +33,11 @@ class Epochs:
     first: int
     _given: int = 0
 
+    def raise_above(self, seen: int) -> None:
+        """Where objects tell of newer epochs than the Lease, it was deleted or restored: go on from there."""
+        if seen >= self.first + self._given:
+            self.first, self._given = seen + TERM_SIZE, 0
+
     def next(self) -> int:
         self._given += 1
         if self._given >= TERM_SIZE:
@@ -136,7 +141,6 @@ class Lease:
         if epochs is None:
             recorded = int((meta.get("annotations") or {}).get(TERM, 0))
             epochs = Epochs(next_term(recorded, time.time_ns() // 1_000_000))
-            meta["annotations"] = {**(meta.get("annotations") or {}), TERM: str(epochs.first)}
             transitions = int(spec.get("leaseTransitions", 0)) + 1 if found else 0
             spec |= {"acquireTime": now, "leaseTransitions": transitions}
         spec |= {
@@ -144,6 +148,7 @@ class Lease:
             "leaseDurationSeconds": int(self.settings.timeouts.lease_s),
             "renewTime": now,
         }
+        meta["annotations"] = {**(meta.get("annotations") or {}), TERM: str(epochs.first)}
         body = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": meta, "spec": spec}
         # with the resource version that was read: of two that try at once, one gets a conflict
         await (self.kube.replace(path, body) if found else self.kube.create(leases(self.settings.namespace), body))

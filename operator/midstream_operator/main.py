@@ -142,6 +142,7 @@ class Operator:
         try:
             await self._load(FLOATING_IPS, self.fips.seen)
             await self._load(JOBS, self.jobs.seen)
+            self._above_all_epochs()
             responder = Responder(self.ctx, self.jobs)
             async with asyncio.TaskGroup() as group:
                 group.create_task(self.jobs.run(), name="jobs")
@@ -150,6 +151,12 @@ class Operator:
                     group.create_task(source.run(responder.handle), name=f"notices {source.name}")
         finally:
             self.ctx.metrics.leader.set(0)
+
+    def _above_all_epochs(self) -> None:
+        """What agents have been told is in the statuses, too."""
+        told = [*self.fips.objects.values(), *self.jobs.open.values()]
+        if self.ctx.lease.epochs is not None:
+            self.ctx.lease.epochs.raise_above(max((o.get("status", {}).get("epoch", 0) for o in told), default=0))
 
     def _sources(self) -> list[NoticeSource]:
         """Evictions and taints come from the watches that are open anyway; a queue only where there is one."""

@@ -80,4 +80,12 @@ def test_losing_the_lease_ends_the_process(world: World, place: Place) -> None:
     process = world.operators.running[name]
     wait_for("its end", lambda: process.poll() is not None)
     del world.operators.running[name]
-    world.plane.request("DELETE", path)
+
+
+def test_a_deleted_lease_does_not_take_the_epochs_back(world: World, place: Place) -> None:
+    before = place.serving()["status"]["epoch"]
+    world.operators.stop_all()
+    world.plane.request("DELETE", f"/apis/coordination.k8s.io/v1/namespaces/{NAMESPACE}/leases/midstream-operator")
+    world.operators.ensure()
+    place.wait_job(place.add_job(), "Succeeded")
+    assert place.wait_fip("llm", "True")["status"]["epoch"] > before

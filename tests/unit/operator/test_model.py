@@ -167,6 +167,14 @@ def test_epochs_grow_from_term_to_term_whatever_the_clocks_say(terms: list[tuple
     assert last < 2**53, "exact in any JSON reader"
 
 
+def test_epochs_go_on_above_what_objects_tell() -> None:
+    epochs = Epochs(100)
+    epochs.raise_above(50)
+    assert epochs.next() == 101
+    epochs.raise_above(101)
+    assert epochs.next() > 101
+
+
 def test_a_term_that_is_used_up_ends_the_process() -> None:
     epochs = Epochs(0)
     with pytest.raises(RuntimeError, match="used up"):
