@@ -1,15 +1,39 @@
-"""One control plane a session; each test that changes it has a namespace of its own."""
+"""One cluster for all tests of this folder; each test gets a namespace, with an operator that leads."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
-from midstream_testbed.cluster import ControlPlane
+from cluster_world import Place, World
+from midstream_testbed.cluster import BINARIES, ControlPlane
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """A control plane whose nodes are objects only, simulated agents, operators."""
+    assets = BINARIES
+    with World.create(tmp_path_factory.mktemp("cluster"), assets) as world:
+        yield world
+
+
+@pytest.fixture
+def place(world: World) -> Iterator[Place]:
+    world.operators.ensure()
+    with world.namespace() as place:
+        yield place
+
+
+@pytest.fixture
+def quiet_place(world: World) -> Iterator[Place]:
+    """Without looking after an operator: the test does that itself, or needs none."""
+    with world.namespace() as place:
+        yield place
 
 
 @pytest.fixture(scope="session")
 def plane() -> Iterator[ControlPlane]:
+    """A whole control plane with all its controllers."""
     with ControlPlane() as plane:
         yield plane
 

@@ -1,0 +1,204 @@
+"""`python -m midstream_operator.main --config FILE`: one replica of the operator.
+
+What runs, each as a named task; when one of them ends, the process does, and the kubelet starts it anew:
+
+    watch ...       pods, nodes, agents (watch.py)          both replicas
+    kopf            MigrationJobs, FloatingIPs (handlers)   both
+    http            probes, metrics, doctor                 both
+    events          posts Events                            both
+    leader          waits for the Lease, then: jobs, floating ips, notice sources
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import socket
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import kopf
+import uvloop
+import yaml
+
+from midstream_operator import handlers, http, logs
+from midstream_operator.agents import Agents
+from midstream_operator.context import Context
+from midstream_operator.doctor import Doctor
+from midstream_operator.errors import Final, OperatorError
+from midstream_operator.events import Recorder
+from midstream_operator.floating import FloatingIPs
+from midstream_operator.jobs import Jobs
+from midstream_operator.kube import Kube, connect, ours
+from midstream_operator.lease import Lease
+from midstream_operator.metrics import Metrics
+from midstream_operator.model import FLOATING_IPS, JOBS
+from midstream_operator.notices.base import NoticeSource
+from midstream_operator.notices.eviction import EvictionSource
+from midstream_operator.notices.instances import Instances
+from midstream_operator.notices.nodes import NodeSource
+from midstream_operator.notices.sqs import SqsSource
+from midstream_operator.providers.ec2 import Ec2Provider
+from midstream_operator.providers.l2 import L2Provider
+from midstream_operator.respond import Responder
+from midstream_operator.settings import Settings
+from midstream_operator.view import View
+from midstream_operator.watch import Watcher, watchers
+
+log = logging.getLogger(__name__)
+PAGE = "500"
+
+
+def parse(argv: Sequence[str] | None = None) -> Settings:
+    parser = argparse.ArgumentParser(prog="midstream-operator", description="Midstream's operator")
+    parser.add_argument("--config", type=Path, required=True, help="YAML: see operator/midstream_operator/settings.py")
+    parser.add_argument("--identity", default=os.environ.get("POD_NAME") or socket.gethostname())
+    parser.add_argument("--http-port", type=int, help="overrides the configuration's")
+    args = parser.parse_args(argv)
+    try:
+        data = yaml.safe_load(args.config.read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as e:
+        raise Final("bad_config", f"cannot read {args.config}: {e}") from e
+    settings = replace(Settings.parse(data), identity=f"{args.identity}_{os.urandom(4).hex()}")
+    return replace(settings, http_port=args.http_port) if args.http_port is not None else settings
+
+
+class Operator:
+    """One replica: its parts, and how they start and end."""
+
+    def __init__(self, settings: Settings, kube: Kube) -> None:
+        view = View()
+        agents = Agents(settings, view)
+        metrics = Metrics()
+        self._ec2 = ec2_of(settings)
+        self.ctx = Context(
+            settings,
+            kube,
+            view,
+            agents,
+            Lease(kube, settings),
+            Recorder(kube, settings.identity),
+            metrics,
+            {"l2": L2Provider(agents), **({"ec2": self._ec2} if self._ec2 else {})},
+            self._ec2,
+        )
+        self.fips = FloatingIPs(self.ctx)
+        self.jobs = Jobs(self.ctx, self.fips)
+        self.watchers: list[Watcher] = watchers(settings, view)
+
+    def ready(self) -> bool:
+        return all(w.synced.is_set() for w in self.watchers)
+
+    async def run(self) -> None:
+        """Until a signal, or until a part of it ends."""
+        settings, kube, timeouts = self.ctx.settings, self.ctx.kube, self.ctx.settings.timeouts
+        runner = await http.serve(settings.http_port, self.ctx.metrics, self.ready, Doctor(self.ctx, self.fips).report)
+        watch = kopf.operator(
+            registry=handlers.registry(self.jobs, self.fips),
+            settings=handlers.settings(timeouts),
+            standalone=True,
+            clusterwide=True,
+        )
+        parts: dict[str, Awaitable[Any]] = {
+            **{f"watch {w.name}": w.run(kube, timeouts.retry_s, timeouts.retry_max_s) for w in self.watchers},
+            "kopf": watch,
+            "events": self.ctx.events.run(),
+            "leader": self._leader(),
+        }
+        tasks = [asyncio.create_task(_named(work), name=name) for name, work in parts.items()]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                log.info("%s ended: so does this replica", task.get_name())
+                task.result()
+        finally:
+            await self._stop(tasks)
+            await runner.cleanup()
+
+    async def _stop(self, tasks: list[asyncio.Task[Any]]) -> None:
+        led = self.ctx.lease.held
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if led:
+            await self.ctx.lease.release()
+        await self.ctx.agents.close()
+        if self._ec2 is not None:
+            await self._ec2.close()
+
+    async def _leader(self) -> None:
+        for watcher in self.watchers:
+            await watcher.synced.wait()
+        await self.ctx.lease.run(self._lead)
+
+    async def _lead(self) -> None:
+        """First everything that there is, so that no address is given out twice; then all loops until one ends."""
+        self.ctx.metrics.leader.set(1)
+        try:
+            await self._load(FLOATING_IPS, self.fips.seen)
+            await self._load(JOBS, self.jobs.seen)
+            responder = Responder(self.ctx, self.jobs)
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self.jobs.run(), name="jobs")
+                group.create_task(self.fips.run(), name="floating ips")
+                for source in self._sources():
+                    group.create_task(source.run(responder.handle), name=f"notices {source.name}")
+        finally:
+            self.ctx.metrics.leader.set(0)
+
+    def _sources(self) -> list[NoticeSource]:
+        """Evictions and taints come from the watches that are open anyway; a queue only where there is one."""
+        settings, view = self.ctx.settings, self.ctx.view
+        found: list[NoticeSource] = [
+            EvictionSource(view, settings.timeouts.eviction_margin_s, settings.timeouts.retry_s),
+            NodeSource(view, settings.timeouts.retry_s),
+        ]
+        if settings.aws.sqs.queue_url:
+            found.append(SqsSource(settings.aws.sqs, Instances(view.nodes).node_of))
+        return found
+
+    async def _load(self, plural: str, seen: Callable[[dict[str, Any]], None]) -> None:
+        token = ""
+        while True:
+            page = await self.ctx.kube.request("GET", ours(plural), query=[("limit", PAGE), ("continue", token)])
+            for item in page["items"]:
+                seen(item)
+            token = page["metadata"].get("continue", "")
+            if not token:
+                return
+
+
+def ec2_of(settings: Settings) -> Ec2Provider | None:
+    """Only where a pool needs it: it wants AWS credentials."""
+    return Ec2Provider(settings.aws.ec2) if any(p.provider == "ec2" for p in settings.pools) else None
+
+
+async def _named(work: Awaitable[Any]) -> Any:
+    return await work
+
+
+async def run(settings: Settings) -> None:
+    kube = await connect()
+    try:
+        await Operator(settings, kube).run()
+    finally:
+        await kube.close()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    logs.setup()
+    try:
+        uvloop.run(run(parse(argv)))
+    except OperatorError as e:
+        print(f"midstream-operator: {e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
