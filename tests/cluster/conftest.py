@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from cluster_world import Place, World
+from midstream_testbed.cluster import BINARIES, ControlPlane
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    assets = Path(os.environ["KUBEBUILDER_ASSETS"])
+    """A control plane whose nodes are objects only, simulated agents, operators."""
+    assets = BINARIES
     with World.create(tmp_path_factory.mktemp("cluster"), assets) as world:
         yield world
 
@@ -29,3 +29,16 @@ def quiet_place(world: World) -> Iterator[Place]:
     """Without looking after an operator: the test does that itself, or needs none."""
     with world.namespace() as place:
         yield place
+
+
+@pytest.fixture(scope="session")
+def plane() -> Iterator[ControlPlane]:
+    """A whole control plane with all its controllers."""
+    with ControlPlane() as plane:
+        yield plane
+
+
+@pytest.fixture
+def namespace(plane: ControlPlane) -> Iterator[str]:
+    with plane.namespace() as name:
+        yield name
