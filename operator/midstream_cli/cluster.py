@@ -192,7 +192,7 @@ async def abort(cluster: Cluster, args: argparse.Namespace, out: Out) -> int:
     if phase_of(job) in ENDED:
         out(f"{args.job} has ended: {phase_of(job)}")
         return 1
-    patch = [{"op": "add", "path": "/spec/abort", "value": True}]
+    patch = {"spec": {"abort": True}}
     await cluster.objects.patch_namespaced_custom_object(GROUP, VERSION, cluster.namespace, JOBS, args.job, patch)
     async for seen in cluster.follow(args.job):
         job = seen
@@ -218,17 +218,20 @@ async def doctor(cluster: Cluster, args: argparse.Namespace, out: Out) -> int:
 async def _findings(cluster: Cluster) -> list[Json]:
     """From the operator; that none answers is a finding, too."""
     try:
-        text = await cluster.core.connect_get_namespaced_service_proxy_with_path(
+        # read as it is: the client would turn the JSON into Python's own notation
+        response = await cluster.core.connect_get_namespaced_service_proxy_with_path_without_preload_content(
             SERVICE, cluster.operator_namespace, "doctor"
         )
+        data = await response.read()
+        if response.status != 200:
+            raise client.ApiException(status=response.status, reason=response.reason, body=data.decode())
     except client.ApiException as e:
         remedy = f"is it installed in namespace {cluster.operator_namespace} (--operator-namespace), and running?"
         if e.status == 403:
             remedy = f"you need the right `get services/proxy` in namespace {cluster.operator_namespace}"
-        message = f"no report from the operator: {e.status} {e.reason}"
+        message = f"no report from the operator: {_said(e)}"
         return [{"node": "", "check": "operator", "severity": "error", "message": message, "remedy": remedy}]
-    data = json.loads(text) if isinstance(text, str) else text
-    found: list[Json] = data["findings"]
+    found: list[Json] = json.loads(data)["findings"]
     return found
 
 

@@ -190,7 +190,7 @@ class World:
         )
         self.node_ready(name, True)
         labels = {"app.kubernetes.io/name": "midstream", "app.kubernetes.io/component": "agent"}
-        self._pod(NAMESPACE, f"agent-{name}", name, labels, address)
+        self.add_pod(NAMESPACE, f"agent-{name}", name, labels, address)
 
     def node_ready(self, name: str, ready: bool) -> None:
         conditions = [{"type": "Ready", "status": "True" if ready else "False"}]
@@ -199,7 +199,7 @@ class World:
     def cordon(self, name: str, cordoned: bool = True) -> None:
         self.plane.request("PATCH", f"/api/v1/nodes/{name}", {"spec": {"unschedulable": cordoned}}, MERGE)
 
-    def _pod(self, namespace: str, name: str, node: str, labels: Json, ip: str, **spec: Any) -> str:
+    def add_pod(self, namespace: str, name: str, node: str, labels: Json, ip: str, **spec: Any) -> str:
         containers = [{"name": "c", "image": "none"}]
         body = {
             "apiVersion": "v1",
@@ -247,7 +247,7 @@ class Place:
 
     def add_pod(self, name: str, node: str, *, enabled: bool = True, bare: bool = False, **spec: Any) -> str:
         labels = {"app": "llm", **({"midstream.dev/enabled": "true"} if enabled else {}), **spec.pop("labels", {})}
-        uid = self.world._pod(self.name, name, node, labels, "10.1.0.1", **spec)
+        uid = self.world.add_pod(self.name, name, node, labels, "10.1.0.1", **spec)
         if node in self.world.nodes:
             self.world.agents.do("pod", node=node, uid=uid, bare=bare)
         self.uids[name] = node, uid

@@ -90,26 +90,29 @@ def test_abort_says_what_became_of_it(world: World, place: Place, plugins: Path)
     assert midstream(world, place, plugins, "abort", name).returncode == 1
 
 
-@pytest.fixture
-def service(world: World) -> None:
-    """The chart's Service of the operator, here with the process's address as its endpoint.
-
-    The API server proxies to no loopback address, so the operator is reached by this machine's own one.
-    """
+@pytest.fixture(scope="module")
+def operator_pod(world: World) -> dict[str, str]:
+    """The API server proxies to pods only, and to no loopback address: this one has the machine's own."""
     address = subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=True).stdout.split()[0]
+    world.add_pod(NAMESPACE, "operator", "a", {}, address)
+    return {"ip": address}
+
+
+@pytest.fixture
+def service(world: World, place: Place, operator_pod: dict[str, str]) -> None:
+    """The chart's Service of the operator, with the process that leads as its endpoint, as the endpoints controller
+    would write it."""
     (name,) = [n for n in world.operators.running if world.operators.leads(n)]
     service = {"metadata": {"name": "midstream-operator"}, "spec": {"ports": [{"name": "http", "port": 8080}]}}
     ports = [{"name": "http", "port": world.operators.ports[name]}]
-    labels = {"kubernetes.io/service-name": "midstream-operator"}
+    target = {"kind": "Pod", "namespace": NAMESPACE, "name": "operator"}
     endpoints = {
-        "metadata": {"name": "midstream-operator-test", "labels": labels},
-        "addressType": "IPv4",
-        "ports": ports,
-        "endpoints": [{"addresses": [address], "conditions": {"ready": True}}],
+        "metadata": {"name": "midstream-operator"},
+        "subsets": [{"addresses": [{**operator_pod, "targetRef": target}], "ports": ports}],
     }
     for path, body in (
         (f"/api/v1/namespaces/{NAMESPACE}/services", service),
-        (f"/apis/discovery.k8s.io/v1/namespaces/{NAMESPACE}/endpointslices", endpoints),
+        (f"/api/v1/namespaces/{NAMESPACE}/endpoints", endpoints),
     ):
         full = f"{path}/{body['metadata']['name']}"  # type: ignore[index]
         world.plane.try_kubectl("delete", "--raw", full)
