@@ -49,6 +49,7 @@ class FloatingIPs:
         self.objects: dict[str, Json] = {}
         self.busy: set[str] = set()  # uids of pods whose addresses a job is moving
         self._pauses_s: dict[str, float] = {}  # before the next try of one that failed
+        self._stranded: dict[str, Json] = {}  # address -> the deleted FloatingIP, whose node never answered
         self._freed: set[str] = set()  # deleted ones whose address has been given back
         self._served: set[str] = set()  # pools that their provider has found to be in order
         self._taken: dict[str, str] = {}  # uid of the FloatingIP -> address, also before it is in the status
@@ -123,6 +124,7 @@ class FloatingIPs:
             while True:
                 await asyncio.sleep(self._ctx.settings.timeouts.resync_s)
                 self._count()
+                await self._take_back()
                 for uid in list(self.objects):
                     self._wake(uid)
         finally:
@@ -212,7 +214,7 @@ class FloatingIPs:
 
     async def _allocate(self, obj: Json, pool: Pool) -> str:
         uid = obj["metadata"]["uid"]
-        taken = set(self._taken.values())
+        taken = {*self._taken.values(), *self._stranded}
         address = self._taken.get(uid) or next((a for a in pool.addresses() if a not in taken), None)
         if address is None:
             raise Final("pool_exhausted", f"all addresses of pool {pool.name} are taken: give it more, or delete some")
@@ -222,9 +224,7 @@ class FloatingIPs:
 
     async def _keep(self, obj: Json, provider: AddressProvider, address: str, pod: Pod) -> None:
         """Where it is. Attached once more where the agent does not have it."""
-        if address in await self._routed(pod.node):
-            if not _is_ready(obj):
-                await self._ready(obj, address, self._place(pod))
+        if _is_ready(obj) and address in await self._routed(pod.node):
             return
         await self._attach(obj, provider, address, self._place(pod))
 
@@ -323,6 +323,7 @@ class FloatingIPs:
     async def _not_ready(self, obj: Json, code: str, message: str) -> None:
         conditions = self._conditions(obj, "False", code, message)
         if conditions != _status(obj).get("conditions"):
+            log.warning("floating ip %s: %s: %s", obj["metadata"]["name"], code, message)
             self._ctx.events.note(reference(obj, "FloatingIP"), reason_of(code), message, warning=True)
             await self._write(obj, {"conditions": conditions})
 
@@ -366,9 +367,21 @@ class FloatingIPs:
             text = f"given up after {since.total_seconds():.0f} s: {e}; the address may still be on its node"
             self._ctx.events.note(reference(obj, "FloatingIP"), "NotReleased", text, warning=True)
             log.error("floating ip %s: %s", obj["metadata"]["name"], text)
+            if address := _status(obj).get("address"):
+                self._stranded[address] = obj
         await self._set_finalizers(obj, [f for f in finalizers if f != FINALIZER])
         # a late event must not have the address detached once more: it may be somebody else's by then
         self._freed.add(obj["metadata"]["uid"])
+
+    async def _take_back(self) -> None:
+        """Addresses that were given up while their node was silent: nobody gets one before it is off that node."""
+        for address, obj in list(self._stranded.items()):
+            try:
+                await self._free(obj)
+            except (OperatorError, KubeError) as e:
+                log.info("%s is still out: %s", address, e)
+            else:
+                del self._stranded[address]
 
     async def _free(self, obj: Json) -> None:
         status = _status(obj)

@@ -156,7 +156,7 @@ class Jobs:
         limits = self.ctx.settings.limits
         if any(s.pod_uid == source.uid for u, s in self.slots.items() if u != run.uid):
             return "another job moves its streams, this one waits for its end"
-        if self._behind(run) >= limits.jobs - len(self.slots):
+        if len(self.runs) > limits.jobs and self._behind(run) >= limits.jobs - len(self.slots):
             return f"{limits.jobs} migrations run in the cluster, its limit"
         here = sum(s.node == source.node for s in self.slots.values())
         if self._behind(run, source.node) >= limits.jobs_per_node - here:
@@ -165,12 +165,8 @@ class Jobs:
 
     def _behind(self, run: Run, node: str = "") -> int:
         """How many waiting runs come first."""
-        waiting = (r for u, r in self.runs.items() if u not in self.slots and r is not run and r.rank < run.rank)
-        return sum(1 for r in waiting if not node or self._node_of(r) == node)
-
-    def _node_of(self, run: Run) -> str:
-        pod = self.ctx.view.pod(run.namespace, run.spec.pod)
-        return pod.node if pod else ""
+        others = (r for u, r in self.runs.items() if u not in self.slots and r is not run)
+        return sum(1 for r in others if (not node or r.leaving == node) and r.rank < run.rank)
 
     def scene(self, run: Run, source: Pod) -> Scene:
         """What the choice of a target depends on, now."""

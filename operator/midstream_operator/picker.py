@@ -61,22 +61,38 @@ def _is_named(pod: Pod, target: Target) -> bool:
 
 def refusal(source: Pod, pod: Pod, scene: Scene) -> str:
     """Why this pod cannot take over; empty: it can."""
+    return _unlike(source, pod) or _unfit(source, pod, scene) or _misplaced(pod, scene)
+
+
+def _unlike(source: Pod, pod: Pod) -> str:
+    if pod.model != source.model:
+        return f"serves {pod.model}, the source {source.model}"
+    if pod.runtime != source.runtime:
+        return f"runtime version {pod.runtime or 'unset'}, not {source.runtime or 'unset'}"
+    return "hostNetwork: it has no interface of its own" if pod.host_network else ""
+
+
+def _unfit(source: Pod, pod: Pod, scene: Scene) -> str:
+    if pod.deletion is not None:
+        return "is being deleted"
+    if not pod.ready:
+        return "is not Ready"
+    if pod.node == source.node:
+        return f"runs on {source.node} like the source"
+    return "another job moves its streams away" if pod.uid in scene.taking else ""
+
+
+def _misplaced(pod: Pod, scene: Scene) -> str:
     node = scene.nodes.get(pod.node)
-    checks = (
-        (pod.model != source.model, f"serves {pod.model}, the source {source.model}"),
-        (pod.runtime != source.runtime, f"runtime version {pod.runtime or 'unset'}, not {source.runtime or 'unset'}"),
-        (pod.host_network, "hostNetwork: it has no interface of its own"),
-        (pod.deletion is not None, "is being deleted"),
-        (not pod.ready, "is not Ready"),
-        (pod.node == source.node, f"runs on {source.node} like the source"),
-        (pod.uid in scene.taking, "another job moves its streams away"),
-        (node is None or not node.ready, f"node {pod.node or 'none'} is not Ready"),
-        (node is not None and bool(node.leaving), f"node {pod.node} is leaving ({node.leaving if node else ''})"),
-        (pod.node in scene.interrupted, f"node {pod.node} is being interrupted"),
-        (pod.node not in scene.agents, f"no agent is ready on node {pod.node}"),
-        (bool(scene.zone and node and node.zone != scene.zone), f"node {pod.node} is not in zone {scene.zone}"),
-    )
-    return next((why for bad, why in checks if bad), "")
+    if node is None or not node.ready:
+        return f"node {pod.node or 'none'} is not Ready"
+    if node.leaving:
+        return f"node {pod.node} is leaving ({node.leaving})"
+    if pod.node in scene.interrupted:
+        return f"node {pod.node} is being interrupted"
+    if pod.node not in scene.agents:
+        return f"no agent is ready on node {pod.node}"
+    return f"node {pod.node} is not in zone {scene.zone}" if scene.zone not in ("", node.zone) else ""
 
 
 def _why(pod: Pod, good: int, target: Target, scene: Scene) -> str:

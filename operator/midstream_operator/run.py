@@ -70,7 +70,9 @@ class Run:
     ctx: Context
     jobs: Jobs
     obj: Json
+    spec: JobSpec = field(init=False)
     draft: Draft = field(init=False)
+    leaving: str = ""  # the source's node, as soon as it is known
     news: asyncio.Event = field(default_factory=asyncio.Event)
     deleted: bool = False
     _dirty: asyncio.Event = field(default_factory=asyncio.Event)
@@ -79,13 +81,11 @@ class Run:
     _fresh: bool = False  # this process has planned the job and no agent has been asked yet
 
     def __post_init__(self) -> None:
+        self.spec = JobSpec.of(self.obj)
         self.draft = Draft(self.obj, self.ctx.settings.limits.message_chars)
+        self.leaving = self.source_node
 
     # -- what it is --------------------------------------------------------------------------------------
-
-    @property
-    def spec(self) -> JobSpec:
-        return JobSpec.of(self.obj)
 
     @property
     def uid(self) -> str:
@@ -127,7 +127,7 @@ class Run:
         return deadline.timestamp() if deadline else float("inf"), self.created, self.name
 
     def changed(self, obj: Json) -> None:
-        self.obj = obj
+        self.obj, self.spec = obj, JobSpec.of(obj)
         self.news.set()
 
     # -- the whole of it ---------------------------------------------------------------------------------
@@ -167,6 +167,7 @@ class Run:
         self.draft.enter(Phase.PENDING, now())
         self._check_spec()
         source = await self._source()
+        self.leaving = source.node
         behind = await self._turn(source)
         if behind and not self.jobs.fips.on_pod(source.uid):
             await self._end(Phase.SUCCEEDED, "nothing_to_move", f"nothing is left on {source.name}: {behind}")

@@ -261,6 +261,9 @@ class Place:
 
     def add_fip(self, name: str = "llm", **spec: Any) -> Json:
         """Made, and waited for until it is Ready."""
+        return self.wait_fip(self.make_fip(name, **spec), "True")
+
+    def make_fip(self, name: str, **spec: Any) -> str:
         body = {
             "apiVersion": "midstream.dev/v1alpha1",
             "kind": "FloatingIP",
@@ -268,7 +271,7 @@ class Place:
             "spec": {"pool": "default", "provider": "l2", "podSelector": {"matchLabels": {"app": "llm"}}, **spec},
         }
         self.world.plane.request("POST", self.path("floatingips"), body)
-        return self.wait_fip(name, "True")
+        return name
 
     def wait_fip(self, name: str, ready: str, reason: str = "", timeout_s: float = 30) -> Json:
         def look() -> Json:
@@ -338,6 +341,9 @@ class Place:
         if any(p.poll() is None for p in self.world.operators.running.values()):
             wait_for("floating ips gone", lambda: not plane.request("GET", self.path("floatingips"))["items"], 40)
         plane.request("DELETE", f"{self.path('pods', '', 'v1')}?gracePeriodSeconds=0")
+        for node, uid in self.uids.values():
+            if node in self.world.nodes:
+                self.world.agents.do("pod-gone", node=node, uid=uid)
 
 
 def configuration(ca: Path, cert: Path, key: Path) -> Json:

@@ -213,11 +213,11 @@ class ControlPlane:
         url = f"https://127.0.0.1:{self.port}{path}"
         data = None if body is None else json.dumps(body).encode()
         asked = urllib.request.Request(url, data, {"Content-Type": content}, method=method)
-        with urllib.request.urlopen(asked, context=self._context(), timeout=timeout_s) as answer:
+        with urllib.request.urlopen(asked, context=self.context(), timeout=timeout_s) as answer:
             text = answer.read()
         return json.loads(text) if text.startswith(b"{") else text
 
-    def _context(self) -> SSLContext:
+    def context(self) -> SSLContext:
         if self._ssl is None:
             self._ssl = create_default_context(cafile=str(self.folder / "ca.pem"))
             self._ssl.load_cert_chain(self.folder / "admin.pem", self.folder / "admin.key")

@@ -365,6 +365,8 @@ class Town:
                 await self.agents[said["node"]].start()
             case "epoch":
                 self.agents[said["node"]].epochs[said["what"]] = said["epoch"]
+            case "route":
+                self.agents[said["node"]].routes[said["address"]] = said["uid"]
             case "lose-route":
                 self.agents[said["node"]].routes.pop(said["address"], None)
             case "routes":

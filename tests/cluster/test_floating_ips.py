@@ -104,43 +104,45 @@ def test_deletion_detaches_and_gives_the_address_back(world: World, place: Place
 
 def test_deletion_does_not_hang_on_an_agent_that_is_dead(world: World, place: Place) -> None:
     place.add_pod("llm-0", "a")
-    place.add_fip()
+    address = place.add_fip()["status"]["address"]
+    place.add_pod("other", "b", labels={"app": "other"})
+    selector = {"matchLabels": {"app": "other"}}
     world.agents.do("die", node="a")
     try:
         world.plane.kubectl("delete", "fip", "llm", "-n", place.name, "--timeout=20s")
+        other = place.add_fip("other", podSelector=selector)["status"]["address"]
+        assert other != address, "it may still be on its node: nobody else gets it"
     finally:
         world.agents.do("rise", node="a")
     wait_for("the warning", lambda: "NotReleased" in place.events("FloatingIP", "llm"))
+    wait_for("it off its node", lambda: address not in world.agents.do("routes")["a"])
+    assert place.add_fip("again", podSelector=selector)["status"]["address"] == address
+
+
+def test_an_address_that_leads_to_another_pod_is_not_taken_for_attached(world: World, place: Place) -> None:
+    """The agent has a route for it, but not to this pod."""
+    place.add_pod("llm-0", "a")
+    world.agents.do("route", node="a", address="10.98.0.1", uid="somebody")
+    name = place.make_fip("tiny", pool="tiny")
+    try:
+        place.wait_fip(name, "False", "AddressTaken")
+    finally:
+        world.agents.do("lose-route", node="a", address="10.98.0.1")
+    place.wait_fip(name, "True")
 
 
 def test_what_cannot_be_served_says_why(place: Place) -> None:
     place.add_pod("llm-0", "a")
-    make = place.world.plane.request
-    selector = {"matchLabels": {"app": "llm"}}
-    for name, pool, provider, reason in (
-        ("nowhere", "none", "l2", "UnknownPool"),
-        ("other", "default", "ec2", "WrongProvider"),
-    ):
-        body = {
-            "apiVersion": "midstream.dev/v1alpha1",
-            "kind": "FloatingIP",
-            "metadata": {"name": name},
-            "spec": {"pool": pool, "provider": provider, "podSelector": selector},
-        }
-        make("POST", place.path("floatingips"), body)
-        place.wait_fip(name, "False", reason)
+    place.make_fip("nowhere", pool="none")
+    place.wait_fip("nowhere", "False", "UnknownPool")
+    place.make_fip("other", provider="ec2")
+    place.wait_fip("other", "False", "WrongProvider")
 
 
 def test_a_pool_that_is_used_up_says_so(place: Place) -> None:
     place.add_pod("llm-0", "a")
     place.add_fip("first", pool="tiny")
-    body = {
-        "apiVersion": "midstream.dev/v1alpha1",
-        "kind": "FloatingIP",
-        "metadata": {"name": "second"},
-        "spec": {"pool": "tiny", "provider": "l2", "podSelector": {"matchLabels": {"app": "llm"}}},
-    }
-    place.world.plane.request("POST", place.path("floatingips"), body)
+    place.make_fip("second", pool="tiny")
     place.wait_fip("second", "False", "PoolExhausted")
     place.world.plane.kubectl("delete", "fip", "first", "-n", place.name, "--timeout=10s")
     place.wait_fip("second", "True")
