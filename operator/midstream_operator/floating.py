@@ -48,6 +48,7 @@ class FloatingIPs:
         self._ctx = ctx
         self.objects: dict[str, Json] = {}
         self.busy: set[str] = set()  # uids of pods whose addresses a job is moving
+        self._served: set[str] = set()  # pools that their provider has found to be in order
         self._taken: dict[str, str] = {}  # uid of the FloatingIP -> address, also before it is in the status
         self._locks: dict[str, asyncio.Lock] = {}
         self._queue: asyncio.Queue[str] = asyncio.Queue()
@@ -165,6 +166,9 @@ class FloatingIPs:
 
     async def _establish(self, obj: Json) -> None:
         pool, provider = self.checked_pool(obj), self._provider(obj)
+        if pool.name not in self._served:
+            await provider.check(pool)
+            self._served.add(pool.name)
         status = _status(obj)
         if status.get("podUID") in self.busy:
             return

@@ -155,7 +155,7 @@ class Jobs:
         """Why this run has to wait; empty: it may begin."""
         limits = self.ctx.settings.limits
         if any(s.pod_uid == source.uid for u, s in self.slots.items() if u != run.uid):
-            return f"another job moves pod {source.name}: this one begins when that has ended"
+            return "another job moves its streams, this one waits for its end"
         if self._behind(run) >= limits.jobs - len(self.slots):
             return f"{limits.jobs} migrations run in the cluster, its limit"
         here = sum(s.node == source.node for s in self.slots.values())

@@ -40,7 +40,10 @@ from midstream_operator.metrics import Metrics
 from midstream_operator.model import FLOATING_IPS, JOBS
 from midstream_operator.notices.base import NoticeSource
 from midstream_operator.notices.eviction import EvictionSource
-from midstream_operator.providers.base import AddressProvider
+from midstream_operator.notices.instances import Instances
+from midstream_operator.notices.nodes import NodeSource
+from midstream_operator.notices.sqs import SqsSource
+from midstream_operator.providers.ec2 import Ec2Provider
 from midstream_operator.providers.l2 import L2Provider
 from midstream_operator.respond import Responder
 from midstream_operator.settings import Settings
@@ -72,6 +75,7 @@ class Operator:
         view = View()
         agents = Agents(settings, view)
         metrics = Metrics()
+        self._ec2 = ec2_of(settings)
         self.ctx = Context(
             settings,
             kube,
@@ -80,7 +84,8 @@ class Operator:
             Lease(kube, settings),
             Recorder(kube, settings.identity),
             metrics,
-            providers(settings, agents),
+            {"l2": L2Provider(agents), **({"ec2": self._ec2} if self._ec2 else {})},
+            self._ec2,
         )
         self.fips = FloatingIPs(self.ctx)
         self.jobs = Jobs(self.ctx, self.fips)
@@ -123,6 +128,8 @@ class Operator:
         if led:
             await self.ctx.lease.release()
         await self.ctx.agents.close()
+        if self._ec2 is not None:
+            await self._ec2.close()
 
     async def _leader(self) -> None:
         for watcher in self.watchers:
@@ -145,8 +152,15 @@ class Operator:
             self.ctx.metrics.leader.set(0)
 
     def _sources(self) -> list[NoticeSource]:
-        timeouts = self.ctx.settings.timeouts
-        return [EvictionSource(self.ctx.view, timeouts.eviction_margin_s, timeouts.retry_s)]
+        """Evictions and taints come from the watches that are open anyway; a queue only where there is one."""
+        settings, view = self.ctx.settings, self.ctx.view
+        found: list[NoticeSource] = [
+            EvictionSource(view, settings.timeouts.eviction_margin_s, settings.timeouts.retry_s),
+            NodeSource(view, settings.timeouts.retry_s),
+        ]
+        if settings.aws.sqs.queue_url:
+            found.append(SqsSource(settings.aws.sqs, Instances(view.nodes).node_of))
+        return found
 
     async def _load(self, plural: str, seen: Callable[[dict[str, Any]], None]) -> None:
         token = ""
@@ -159,8 +173,9 @@ class Operator:
                 return
 
 
-def providers(settings: Settings, agents: Agents) -> dict[str, AddressProvider]:
-    return {"l2": L2Provider(agents)}
+def ec2_of(settings: Settings) -> Ec2Provider | None:
+    """Only where a pool needs it: it wants AWS credentials."""
+    return Ec2Provider(settings.aws.ec2) if any(p.provider == "ec2" for p in settings.pools) else None
 
 
 async def _named(work: Awaitable[Any]) -> Any:

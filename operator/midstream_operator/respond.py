@@ -53,7 +53,7 @@ class Responder:
     async def handle(self, notice: Notice) -> None:
         self.ctx.metrics.notices.labels(notice.kind.value, notice.source).inc()
         for pod in self._concerned(notice):
-            if not await self._commit_prepared(pod, notice):
+            if not await self._answered(pod, notice):
                 await self._create(pod, notice)
 
     def _concerned(self, notice: Notice) -> list[Pod]:
@@ -72,12 +72,16 @@ class Responder:
         nodes = self.ctx.view.nodes.values()
         return next((n.name for n in nodes if instance_id and n.provider_id.endswith(f"/{instance_id}")), "")
 
-    async def _commit_prepared(self, pod: Pod, notice: Notice) -> bool:
-        """A job that a rebalance recommendation has prepared is told to go; whether there was one, or any other."""
+    async def _answered(self, pod: Pod, notice: Notice) -> bool:
+        """Whether a job for this pod is under way that answers the notice, too: an interruption, its taint and the
+        eviction that follows are three notices and one move. One that a rebalance has prepared is told to go."""
+        mine = [r for r in self.jobs.runs.values() if r.source_uid == pod.uid]
         if notice.kind is NoticeKind.REBALANCE:
-            return any(r.source_uid == pod.uid for r in self.jobs.runs.values())
-        for run in list(self.jobs.runs.values()):
-            if run.source_uid == pod.uid and run.spec.reason is Reason.REBALANCE:
+            return bool(mine)
+        for run in mine:
+            if run.spec.reason not in (Reason.REBALANCE, Reason.MANUAL):
+                return True
+            if run.spec.reason is Reason.REBALANCE:
                 body = {"metadata": {"annotations": {ANNOTATION_COMMIT: "true"}}}
                 path = ours(JOBS, run.namespace, run.name)
                 await self._until_done(partial(self.ctx.kube.patch, path, body))

@@ -167,7 +167,10 @@ class Run:
         self.draft.enter(Phase.PENDING, now())
         self._check_spec()
         source = await self._source()
-        await self._turn(source)
+        behind = await self._turn(source)
+        if behind and not self.jobs.fips.on_pod(source.uid):
+            await self._end(Phase.SUCCEEDED, "nothing_to_move", f"nothing is left on {source.name}: {behind}")
+            return False
         choice = await self._choose(source)
         addresses = self._addresses(source)
         self._write_down(source, choice, addresses)
@@ -246,11 +249,14 @@ class Run:
             await self._pause(self.ctx.settings.timeouts.retry_s)
         return pod
 
-    async def _turn(self, source: Pod) -> None:
-        """One job a pod, and no more than the limits."""
+    async def _turn(self, source: Pod) -> str:
+        """One job a pod, and no more than the limits; what was waited for last."""
+        waited = ""
         while why := self.jobs.must_wait(self, source):
+            waited = why
             await self._waiting(why)
         self.jobs.begin(self, source.uid, source.node)
+        return waited
 
     async def _choose(self, source: Pod) -> Choice:
         """With a deadline a missing target may still come until then; without one the answer is no."""

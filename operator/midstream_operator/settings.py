@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from midstream_operator.aws_settings import AwsSettings, Ec2Settings, SqsSettings
 from midstream_operator.errors import Final
 
 
@@ -90,6 +91,7 @@ class Settings:
     pools: tuple[Pool, ...] = ()
     timeouts: Timeouts = field(default_factory=Timeouts)
     limits: Limits = field(default_factory=Limits)
+    aws: AwsSettings = field(default_factory=AwsSettings)
 
     def pool(self, name: str) -> Pool:
         for pool in self.pools:
@@ -107,7 +109,9 @@ class Settings:
         return settings
 
 
-_NESTED: dict[str, type[Any]] = {"TlsFiles": TlsFiles, "Timeouts": Timeouts, "Limits": Limits}
+_NESTED: dict[str, type[Any]] = {
+    c.__name__: c for c in (TlsFiles, Timeouts, Limits, AwsSettings, Ec2Settings, SqsSettings)
+}
 _NUMBERS = {"int": (int,), "float": (int, float)}
 
 
@@ -137,6 +141,10 @@ def _value(kind: str, value: Any, where: str) -> Any:
     if kind in _NUMBERS:
         if isinstance(value, bool) or not isinstance(value, _NUMBERS[kind]) or value < 0:
             raise Final("bad_config", f"{where}: a number >= 0 is wanted, not {value!r}")
+        return value
+    if kind == "bool":
+        if not isinstance(value, bool):
+            raise Final("bad_config", f"{where}: true or false is wanted, not {value!r}")
         return value
     if not isinstance(value, str):
         raise Final("bad_config", f"{where}: text is wanted, not {value!r}")
