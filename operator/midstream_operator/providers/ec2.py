@@ -47,13 +47,21 @@ class Ec2Provider:
     name = "ec2"
     announces = False  # the VPC's network learns of a move from EC2 alone
 
-    def __init__(self, settings: Ec2Settings, *, imds: Witness | None = None, path: Witness | None = None) -> None:
+    def __init__(
+        self,
+        settings: Ec2Settings,
+        pools: Iterable[Pool] = (),
+        *,
+        imds: Witness | None = None,
+        path: Witness | None = None,
+    ) -> None:
         self.settings = settings
         self.calls = Ec2Calls(settings)
         self.inventory = Inventory(self.calls)
         self.interfaces = Interfaces(self.calls, self.inventory)
         self._imds, self._path = imds, path
-        self._pools: dict[str, Pool] = {}
+        self._pools = {pool.name: pool for pool in pools if pool.provider == self.name}
+        self._checked: set[str] = set()
         self._epochs: dict[str, int] = {}
         self._batches: dict[str, _Batch] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -73,9 +81,12 @@ class Ec2Provider:
     async def check(self, pool: Pool) -> None:
         await ec2_pools.check(self.calls, self.inventory, pool)
         self._pools[pool.name] = pool
+        self._checked.add(pool.name)
 
     async def assign(self, addresses: Sequence[str], place: Place, epoch: int) -> None:
         self._admit(addresses, epoch)
+        for pool in {pool for pool in map(self._pool, addresses) if pool and pool.name not in self._checked}:
+            await self.check(pool)
         for subnet, chosen in self._by_subnet(addresses).items():
             target = await self.interfaces.of(instance_id(place.provider_id), subnet)
             missing = [address for address in chosen if address not in target.addresses]
