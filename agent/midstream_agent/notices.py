@@ -134,7 +134,7 @@ class Board:
     async def listen(self) -> AsyncIterator[pb.Notice]:
         """All that stands, then each change."""
         queue: asyncio.Queue[pb.Notice | None] = asyncio.Queue()
-        for said in [said for path in PATHS for said in self.standing.get(path, [])]:
+        for said in [said for standing in self.standing.values() for said in standing]:
             queue.put_nowait(self._message(said))
         self._listeners.add(queue)
         try:

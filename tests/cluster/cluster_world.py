@@ -70,6 +70,8 @@ class Agents:
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait(10)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
 
     @contextlib.contextmanager
     def stopped_at(self, *steps: str) -> Iterator[None]:
