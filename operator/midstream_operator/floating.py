@@ -48,6 +48,8 @@ class FloatingIPs:
         self._ctx = ctx
         self.objects: dict[str, Json] = {}
         self.busy: set[str] = set()  # uids of pods whose addresses a job is moving
+        self._pauses_s: dict[str, float] = {}  # before the next try of one that failed
+        self._freed: set[str] = set()  # deleted ones whose address has been given back
         self._served: set[str] = set()  # pools that their provider has found to be in order
         self._taken: dict[str, str] = {}  # uid of the FloatingIP -> address, also before it is in the status
         self._locks: dict[str, asyncio.Lock] = {}
@@ -90,6 +92,8 @@ class FloatingIPs:
         self.objects.pop(uid, None)
         self._taken.pop(uid, None)
         self._locks.pop(uid, None)
+        self._freed.discard(uid)
+        self._pauses_s.pop(uid, None)
 
     def _pod_changed(self, pod: Pod) -> None:
         for uid, obj in self.objects.items():
@@ -131,11 +135,18 @@ class FloatingIPs:
             try:
                 async with self._lock(uid):
                     await self._reconcile(uid)
+                self._pauses_s.pop(uid, None)
             except (KubeError, OperatorError) as e:
                 log.warning("floating ip %s: %s", self._name(uid), e)
-                asyncio.get_running_loop().call_later(self._ctx.settings.timeouts.retry_s, self._wake, uid)
+                self._wake_later(uid)
             except Exception:
                 log.exception("floating ip %s: looked at again at the next pass", self._name(uid))
+
+    def _wake_later(self, uid: str) -> None:
+        timeouts = self._ctx.settings.timeouts
+        pause_s = min(self._pauses_s.get(uid, timeouts.retry_s / 2) * 2, timeouts.retry_max_s)
+        self._pauses_s[uid] = pause_s
+        asyncio.get_running_loop().call_later(pause_s, self._wake, uid)
 
     def _lock(self, uid: str) -> asyncio.Lock:
         return self._locks.setdefault(uid, asyncio.Lock())
@@ -344,7 +355,7 @@ class FloatingIPs:
     async def _delete(self, obj: Json) -> None:
         """Address off the pod and back to the pool. What cannot be undone in time is said and left."""
         finalizers = obj["metadata"].get("finalizers") or []
-        if FINALIZER not in finalizers:
+        if FINALIZER not in finalizers or obj["metadata"]["uid"] in self._freed:
             return
         try:
             await self._free(obj)
@@ -356,6 +367,8 @@ class FloatingIPs:
             self._ctx.events.note(reference(obj, "FloatingIP"), "NotReleased", text, warning=True)
             log.error("floating ip %s: %s", obj["metadata"]["name"], text)
         await self._set_finalizers(obj, [f for f in finalizers if f != FINALIZER])
+        # a late event must not have the address detached once more: it may be somebody else's by then
+        self._freed.add(obj["metadata"]["uid"])
 
     async def _free(self, obj: Json) -> None:
         status = _status(obj)

@@ -322,12 +322,13 @@ class Run:
         while True:
             try:
                 report = await self._lost_report() if heard else None
-                async for event in self.ctx.agents.migrate(self.source_node, self._request()):
-                    heard, pause_s = True, self.ctx.settings.timeouts.retry_s
-                    if event.HasField("report"):
-                        report = event.report
-                    else:
-                        self._happened(event)
+                if report is None:
+                    async for event in self.ctx.agents.migrate(self.source_node, self._request()):
+                        heard, pause_s = True, self.ctx.settings.timeouts.retry_s
+                        if event.HasField("report"):
+                            report = event.report
+                        else:
+                            self._happened(event)
                 if report is not None:
                     await self._agent_done(report)
                     return

@@ -68,9 +68,9 @@ class Agents:
 
     def stop(self) -> None:
         assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self.process.stdin.close()
         self.process.wait(10)
-        assert self.process.stdout is not None
         self.process.stdout.close()
 
     @contextlib.contextmanager

@@ -132,7 +132,8 @@ class SimulatedAgent(rpc.AgentServicer):
         try:
             self._check_epoch(f"address:{request.address}", request.epoch)
             self._check_pod(request.pod.uid)
-            self.routes.pop(request.address, None)
+            if self.routes.get(request.address) == request.pod.uid:
+                del self.routes[request.address]
         except Refused as e:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(e))
         return pb.DetachAddressReply()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
-import yaml
 from cluster_world import CHECKOUT, Place, World
 
 Json = dict[str, Any]
@@ -71,7 +71,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", GOOD)
 def test_good_objects_are_taken(world: World, quiet_place: Place, name: str) -> None:
-    body = yaml.safe_dump(GOOD[name])
+    body = json.dumps(GOOD[name])
     world.plane.kubectl("create", "-n", quiet_place.name, "--dry-run=server", "-f", "-", stdin=body)
 
 
@@ -79,7 +79,7 @@ def test_good_objects_are_taken(world: World, quiet_place: Place, name: str) -> 
 def test_bad_objects_are_refused_by_name(world: World, quiet_place: Place, name: str) -> None:
     body, says = BAD[name]
     done = world.plane.try_kubectl(
-        "create", "-n", quiet_place.name, "--dry-run=server", "--validate=strict", "-f", "-", stdin=yaml.safe_dump(body)
+        "create", "-n", quiet_place.name, "--dry-run=server", "--validate=strict", "-f", "-", stdin=json.dumps(body)
     )
     assert done.returncode != 0
     assert says in done.stderr
@@ -104,7 +104,7 @@ def test_a_job_is_immutable_but_for_abort(
     world: World, quiet_place: Place, before: Json, change: Json, says: str
 ) -> None:
     name = quiet_place.add_job("nobody", "j", **before)
-    body = yaml.safe_dump({"spec": change})
+    body = json.dumps({"spec": change})
     done = world.plane.try_kubectl("patch", "mj", name, "-n", quiet_place.name, "--type=merge", "-p", body)
     assert says in done.stderr
 
@@ -116,9 +116,9 @@ def test_abort_can_be_set(world: World, quiet_place: Place) -> None:
 
 
 def test_pool_and_provider_of_an_address_stay(world: World, quiet_place: Place) -> None:
-    world.plane.kubectl("create", "-n", quiet_place.name, "-f", "-", stdin=yaml.safe_dump(fip()))
+    world.plane.kubectl("create", "-n", quiet_place.name, "-f", "-", stdin=json.dumps(fip()))
     for change, says in (({"pool": "q"}, "pool is immutable"), ({"provider": "ec2"}, "provider is immutable")):
-        body = yaml.safe_dump({"spec": change})
+        body = json.dumps({"spec": change})
         done = world.plane.try_kubectl("patch", "fip", "f", "-n", quiet_place.name, "--type=merge", "-p", body)
         assert says in done.stderr
 
