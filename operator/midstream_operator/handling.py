@@ -11,6 +11,7 @@ and a job that failed are all made good by the next pass, and nothing is done tw
     maintenance, far away    nothing yet
     a job is under way       nothing: the first notice made it
     an attempt failed        another one, while the node may still be there
+    a person aborted it      nothing: it was their word
     stopped, terminated      nothing can move any more
 
 An interruption is everything else: spot, reservation, lifecycle, drain, scale-in, state change. Deadlines are the
@@ -91,6 +92,7 @@ class Facts:
     pods: Sequence[Serving]
     jobs: Sequence[Moving]  # of the whole cluster
     ended: Mapping[str, Sequence[Phase]] = field(default_factory=dict)  # pod's uid -> jobs of this notice that ended
+    declined: frozenset[str] = frozenset()  # pods whose job of this notice a person aborted
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,14 +172,13 @@ def _moves(facts: Facts, settings: HandlingSettings, now: datetime) -> list[Step
                 steps.append(Commit(job))
             continue
         attempt = _attempt(facts.ended.get(pod.uid, ()), settings)
-        if attempt and (attempt == 1 or _is_time(facts.notice, settings, now)):
+        if attempt and pod.uid not in facts.declined and (attempt == 1 or _is_time(facts.notice, settings, now)):
             steps.append(Create(pod, REASONS[facts.notice.kind], deadline, attempt, replay=replay))
     return steps
 
 
 def _attempt(ended: Sequence[Phase], settings: HandlingSettings) -> int:
-    """Number of the next one; 0: none. What a person aborted or what succeeded is over; we abort by ourselves only to
-    find another target, and then the job's own phase is the same: both are tried again."""
+    """Number of the next one; 0: none."""
     if Phase.SUCCEEDED in ended or len(ended) >= settings.attempts:
         return 0
     return len(ended) + 1

@@ -30,7 +30,17 @@ from midstream_operator.handling import (
 )
 from midstream_operator.jobs import Jobs
 from midstream_operator.kube import KubeError, core, ours, until_done
-from midstream_operator.model import ANNOTATION_COMMIT, JOBS, Json, KvMode, Phase, Reason, format_time, now
+from midstream_operator.model import (
+    ANNOTATION_CALLED_BACK,
+    ANNOTATION_COMMIT,
+    JOBS,
+    Json,
+    KvMode,
+    Phase,
+    Reason,
+    format_time,
+    now,
+)
 from midstream_operator.notices.base import Notice, NoticeKind
 from midstream_operator.notices.lifecycle import LifecycleActions
 from midstream_operator.respond import Responder, notice_job
@@ -93,10 +103,11 @@ class Interruptions:
     def _facts(self, notice: Notice) -> Facts:
         pods = [_serving(pod) for pod in self.responder.concerned(notice)]
         ended: dict[str, list[Phase]] = {}
-        for job in self.jobs.finished.values():
-            if job.notice == notice.id:
-                ended.setdefault(job.pod_uid, []).append(job.phase)
-        return Facts(notice, pods, [_moving(run) for run in self.jobs.runs.values()], ended)
+        mine = [job for job in self.jobs.finished.values() if job.notice == notice.id]
+        for job in mine:
+            ended.setdefault(job.pod_uid, []).append(job.phase)
+        declined = frozenset(j.pod_uid for j in mine if j.phase is Phase.ABORTED and not j.called_back)
+        return Facts(notice, pods, [_moving(run) for run in self.jobs.runs.values()], ended, declined)
 
     async def _look(self, notice: Notice) -> None:
         """One pass at a time for a notice: two sources may bring it in the same instant."""
@@ -115,7 +126,7 @@ class Interruptions:
                 await self._until_done(lambda: self.ctx.kube.patch(ours(JOBS, job.namespace, job.name), body))
             case Abort(job, why):
                 log.warning("job %s is called back: %s", job.name, why)
-                abort: Json = {"spec": {"abort": True}}
+                abort: Json = {"metadata": {"annotations": {ANNOTATION_CALLED_BACK: why}}, "spec": {"abort": True}}
                 await self._until_done(lambda: self.ctx.kube.patch(ours(JOBS, job.namespace, job.name), abort))
 
     async def _create(self, notice: Notice, step: Create) -> None:

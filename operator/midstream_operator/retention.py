@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from midstream_operator.model import (
+    ANNOTATION_CALLED_BACK,
     LABEL_NOTICE,
     LABEL_POD_UID,
     LABEL_WORKLOAD,
@@ -36,6 +37,7 @@ class Finished:
     phase: Phase = Phase.FAILED
     notice: str = ""  # id of the notice that it answered
     pod_uid: str = ""
+    called_back: bool = False  # aborted by the operator and not by a person
 
     @classmethod
     def of(cls, obj: Json) -> Finished:
@@ -53,6 +55,7 @@ class Finished:
             phase_of(obj),
             labels.get(LABEL_NOTICE, ""),
             labels.get(LABEL_POD_UID, ""),
+            ANNOTATION_CALLED_BACK in (meta.get("annotations") or {}),
         )
 
 

@@ -100,6 +100,28 @@ def test_when_the_target_goes_too_another_one_is_found(world: World, place: Plac
     assert again[0]["metadata"]["name"] == f"{name}-2" and status["target"]["podName"] == "llm-2"
 
 
+def test_what_a_person_aborts_stays_aborted(world: World, place: Place) -> None:
+    place.serving()
+    with world.agents.stopped_at("PREPARE"):
+        world.agents.do("notice", node="a", kind="SpotInterruption", left_s=120)
+        name = one_job(place)
+        place.wait_job(name, "Preparing")
+        place.patch_job(name, {"spec": {"abort": True}})
+        place.wait_job(name, "Aborted")
+    before = heard(world)
+    for more in (1, 2):  # the second is taken when the first has been answered
+        world.agents.do("notice", node="a", kind="SpotInterruption", left_s=120 + more)
+    wait_for("the notice, told again", lambda: heard(world) >= before + 2)
+    assert [job["metadata"]["name"] for job in jobs(place)] == [name]
+
+
+def heard(world: World) -> float:
+    (name,) = world.operators.running
+    lines = world.operators.fetch(name, "/metrics").splitlines()
+    sample = 'midstream_operator_notices_total{kind="SpotInterruption",source="imds"}'
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(sample))
+
+
 def test_a_failed_attempt_is_made_again_while_there_is_time(world: World, place: Place) -> None:
     place.serving()
     world.agents.do("fail-at", steps=[["EXPORT", "checkpoint_failed"]])

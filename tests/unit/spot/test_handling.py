@@ -164,6 +164,11 @@ def test_no_target_at_all_is_the_jobs_to_say_and_other_attempts_follow_while_the
     assert creates(steps(ended={"uid-0": [Phase.SUCCEEDED]})) == []
 
 
+def test_what_a_person_aborted_is_not_begun_again() -> None:
+    facts = Facts(SPOT, [POD, POD2], [], {"uid-0": [Phase.ABORTED]}, frozenset({"uid-0"}))
+    assert [c.pod for c in creates(decide(facts, SETTINGS, NOW))] == [POD2]
+
+
 @pytest.mark.parametrize("state", ["stopped", "terminated"])
 def test_of_a_dead_instance_nothing_can_move(state: str) -> None:
     assert steps(replace(SPOT, kind=NoticeKind.STATE_CHANGE, details={"state": state}), jobs=[job()]) == []
