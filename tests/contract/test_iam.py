@@ -53,6 +53,7 @@ def methods(*modules: Any) -> set[str]:
     """boto3 calls in the source: what is passed by name to mutate, read, pages, and the queue's and group's methods."""
     text = "".join(Path(module.__file__).read_text(encoding="utf-8") for module in modules)
     called = re.findall(r'(?:mutate|read|pages|once|_call)\(\s*"(\w+)"', text) + re.findall(r'= "(unassign_\w+)"', text)
+    called += re.findall(r'^ASSIGN = "(\w+)"', text, re.MULTILINE)
     called += re.findall(r'else "(unassign_\w+)"', text) + re.findall(r'"(unassign_\w+)" if', text)
     return {*called, *re.findall(r"_client\.(\w+),", text)}
 
