@@ -139,6 +139,18 @@ class Agents:
         except aio.AioRpcError as e:
             raise await self._said(node, e) from e
 
+    async def notices(self, node: str) -> AsyncIterator[pb.Notice]:
+        """What the node's instance metadata says of its end: all that stands, then each change."""
+        try:
+            stub = await self._stub(node)
+            async for notice in stub.Notices(pb.NoticesRequest()):
+                yield notice
+        except aio.AioRpcError as e:
+            if e.code() is grpc.StatusCode.UNIMPLEMENTED:  # of an older version: its other calls are sound
+                text = f"the agent on {node} tells no notices: it is older than this operator"
+                raise Final("agent_tells_no_notices", text) from e
+            raise await self._said(node, e) from e
+
     async def _said(self, node: str, e: aio.AioRpcError) -> Final | Retryable:
         """The agent's own words, or that it does not answer."""
         details = e.details() or ""

@@ -33,14 +33,17 @@ from midstream_operator.doctor import Doctor
 from midstream_operator.errors import Final, OperatorError
 from midstream_operator.events import Recorder
 from midstream_operator.floating import FloatingIPs
+from midstream_operator.interruptions import Interruptions
 from midstream_operator.jobs import Jobs
 from midstream_operator.kube import Kube, connect, ours
 from midstream_operator.lease import Lease
 from midstream_operator.metrics import Metrics
 from midstream_operator.model import FLOATING_IPS, JOBS
+from midstream_operator.notices.agents import AgentSource
 from midstream_operator.notices.base import NoticeSource
 from midstream_operator.notices.eviction import EvictionSource
 from midstream_operator.notices.instances import Instances
+from midstream_operator.notices.lifecycle import LifecycleActions
 from midstream_operator.notices.nodes import NodeSource
 from midstream_operator.notices.sqs import SqsSource
 from midstream_operator.providers.ec2 import Ec2Provider
@@ -52,6 +55,7 @@ from midstream_operator.watch import Watcher, watchers
 
 log = logging.getLogger(__name__)
 PAGE = "500"
+AGENTS_LOOKED_AT_S = 1.0  # a new node's metadata is listened to within this time
 
 
 def parse(argv: Sequence[str] | None = None) -> Settings:
@@ -143,12 +147,16 @@ class Operator:
             await self._load(FLOATING_IPS, self.fips.seen)
             await self._load(JOBS, self.jobs.seen)
             self._above_all_epochs()
-            responder = Responder(self.ctx, self.jobs)
+            settings = self.ctx.settings
+            notices = Interruptions(self.ctx, self.jobs, Responder(self.ctx, self.jobs), settings.handling)
+            notices.lifecycle = LifecycleActions(settings.aws.sqs, notices.is_off)
             async with asyncio.TaskGroup() as group:
                 group.create_task(self.jobs.run(), name="jobs")
                 group.create_task(self.fips.run(), name="floating ips")
+                group.create_task(notices.run(), name="interruptions")
+                group.create_task(notices.lifecycle.run(), name="lifecycle actions")
                 for source in self._sources():
-                    group.create_task(source.run(responder.handle), name=f"notices {source.name}")
+                    group.create_task(source.run(notices.handle), name=f"notices {source.name}")
         finally:
             self.ctx.metrics.leader.set(0)
 
@@ -164,10 +172,17 @@ class Operator:
         found: list[NoticeSource] = [
             EvictionSource(view, settings.timeouts.eviction_margin_s, settings.timeouts.retry_s),
             NodeSource(view, settings.timeouts.retry_s),
+            self._agent_source(),
         ]
         if settings.aws.sqs.queue_url:
             found.append(SqsSource(settings.aws.sqs, Instances(view.nodes).node_of))
         return found
+
+    def _agent_source(self) -> AgentSource:
+        timeouts = self.ctx.settings.timeouts
+        return AgentSource(
+            self.ctx.view, self.ctx.agents.notices, timeouts.retry_s, timeouts.retry_max_s, AGENTS_LOOKED_AT_S
+        )
 
     async def _load(self, plural: str, seen: Callable[[dict[str, Any]], None]) -> None:
         token = ""
@@ -182,7 +197,7 @@ class Operator:
 
 def ec2_of(settings: Settings) -> Ec2Provider | None:
     """Only where a pool needs it: it wants AWS credentials."""
-    return Ec2Provider(settings.aws.ec2) if any(p.provider == "ec2" for p in settings.pools) else None
+    return Ec2Provider(settings.aws.ec2, settings.pools) if any(p.provider == "ec2" for p in settings.pools) else None
 
 
 async def _named(work: Awaitable[Any]) -> Any:

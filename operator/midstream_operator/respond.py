@@ -52,11 +52,11 @@ class Responder:
 
     async def handle(self, notice: Notice) -> None:
         self.ctx.metrics.notices.labels(notice.kind.value, notice.source).inc()
-        for pod in self._concerned(notice):
+        for pod in self.concerned(notice):
             if not await self._answered(pod, notice):
                 await self._create(pod, notice)
 
-    def _concerned(self, notice: Notice) -> list[Pod]:
+    def concerned(self, notice: Notice) -> list[Pod]:
         """Pods with floating addresses: on the others there is nothing that could move."""
         view = self.ctx.view
         if notice.pod_uid:

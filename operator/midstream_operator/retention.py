@@ -11,7 +11,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from midstream_operator.model import LABEL_WORKLOAD, JobSpec, Json, parse_time
+from midstream_operator.model import (
+    ANNOTATION_CALLED_BACK,
+    LABEL_NOTICE,
+    LABEL_POD_UID,
+    LABEL_WORKLOAD,
+    JobSpec,
+    Json,
+    Phase,
+    parse_time,
+    phase_of,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,14 +34,29 @@ class Finished:
     workload: str
     at: datetime
     ttl_s: int | None
+    phase: Phase = Phase.FAILED
+    notice: str = ""  # id of the notice that it answered
+    pod_uid: str = ""
+    called_back: bool = False  # aborted by the operator and not by a person
 
     @classmethod
     def of(cls, obj: Json) -> Finished:
         meta = obj["metadata"]
         spec = JobSpec.of(obj)
         ended = (obj.get("status") or {}).get("completionTime") or meta["creationTimestamp"]
-        workload = (meta.get("labels") or {}).get(LABEL_WORKLOAD, spec.pod)
-        return cls(meta["namespace"], meta["name"], meta["uid"], workload, parse_time(ended), spec.ttl_s)
+        labels = meta.get("labels") or {}
+        return cls(
+            meta["namespace"],
+            meta["name"],
+            meta["uid"],
+            labels.get(LABEL_WORKLOAD, spec.pod),
+            parse_time(ended),
+            spec.ttl_s,
+            phase_of(obj),
+            labels.get(LABEL_NOTICE, ""),
+            labels.get(LABEL_POD_UID, ""),
+            ANNOTATION_CALLED_BACK in (meta.get("annotations") or {}),
+        )
 
 
 def expired(finished: Iterable[Finished], now: datetime, kept: int, default_ttl_s: int) -> list[Finished]:

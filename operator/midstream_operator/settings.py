@@ -14,6 +14,7 @@ from typing import Any
 
 from midstream_operator.aws_settings import AwsSettings, Ec2Settings, SqsSettings
 from midstream_operator.errors import Final
+from midstream_operator.handling import HandlingSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,7 @@ class Settings:
     timeouts: Timeouts = field(default_factory=Timeouts)
     limits: Limits = field(default_factory=Limits)
     aws: AwsSettings = field(default_factory=AwsSettings)
+    handling: HandlingSettings = field(default_factory=HandlingSettings)
 
     def pool(self, name: str) -> Pool:
         for pool in self.pools:
@@ -110,7 +112,7 @@ class Settings:
 
 
 _NESTED: dict[str, type[Any]] = {
-    c.__name__: c for c in (TlsFiles, Timeouts, Limits, AwsSettings, Ec2Settings, SqsSettings)
+    c.__name__: c for c in (TlsFiles, Timeouts, Limits, AwsSettings, Ec2Settings, SqsSettings, HandlingSettings)
 }
 _NUMBERS = {"int": (int,), "float": (int, float)}
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from midstream_operator.model import LABEL_MODEL, LABEL_RUNTIME, LABEL_WORKLOAD, Json, parse_time
+from midstream_operator.model import ANNOTATION_REBALANCE, LABEL_MODEL, LABEL_RUNTIME, LABEL_WORKLOAD, Json, parse_time
 
 ZONE = "topology.kubernetes.io/zone"
 # Taints that say a node is about to go; whoever set them.
@@ -37,6 +37,7 @@ class Pod:
     host_network: bool
     workload: str
     phase: str
+    rebalance: str = ""  # the annotation midstream.dev/rebalance: Ignore, Prepare or Migrate
 
     @property
     def model(self) -> str:
@@ -67,6 +68,7 @@ class Pod:
             host_network=bool(spec.get("hostNetwork")),
             workload=workload_of(obj),
             phase=status.get("phase", ""),
+            rebalance=(meta.get("annotations") or {}).get(ANNOTATION_REBALANCE, ""),
         )
 
 

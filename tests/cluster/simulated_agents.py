@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import grpc
 from grpc import aio
 from midstream_agent.contract import agent_pb2 as pb
 from midstream_agent.contract import agent_pb2_grpc as rpc
+from midstream_agent.notices import Board, Said
 
 PORT = 9443
 OPERATOR = "midstream-operator"
@@ -89,6 +91,7 @@ class SimulatedAgent(rpc.AgentServicer):
     records: dict[str, Record] = field(default_factory=dict)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     server: aio.Server | None = None
+    board: Board = field(default_factory=Board)
 
     async def start(self) -> None:
         tls = self.town.tls
@@ -175,6 +178,11 @@ class SimulatedAgent(rpc.AgentServicer):
         record.gone = request.evidence
         self.town.wake()
         return pb.DeclareGoneReply()
+
+    async def Notices(self, request: pb.NoticesRequest, context: Any) -> AsyncIterator[pb.Notice]:
+        await self._admit(context, "Notices", request)
+        async for notice in self.board.listen():
+            yield notice
 
     async def Doctor(self, request: pb.DoctorRequest, context: Any) -> pb.DoctorReply:
         await self._admit(context, "Doctor", request)
@@ -352,6 +360,13 @@ class Town:
                 agent = self.agents[said["node"]]
                 agent.pods.discard(said["uid"])
                 agent.routes = {a: u for a, u in agent.routes.items() if u != said["uid"]}
+            case "notice":
+                agent = self.agents[said["node"]]
+                agent.board.instance_id = f"i-{said['node']}"
+                end = datetime.now(UTC) + timedelta(seconds=said["left_s"]) if "left_s" in said else None
+                agent.board.put(said["kind"], [Said(said["kind"], deadline=end)])
+            case "no-notices":
+                self.agents[said["node"]].board.standing.clear()
             case "stop-at":
                 self.stops = set(said["steps"])
                 self.wake()

@@ -13,6 +13,7 @@ import ipaddress
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from midstream_operator.aws_settings import Ec2Settings
 from midstream_operator.errors import Final, OperatorError
@@ -25,6 +26,7 @@ from midstream_operator.providers.ec2_inventory import CLUSTER_TAG, Interface, I
 from midstream_operator.settings import Pool
 
 log = logging.getLogger(__name__)
+ASSIGN = "assign_private_ip_addresses"
 
 Witness = Callable[[Sequence[str], Place], Awaitable[bool | None]]  # None: cannot say
 
@@ -47,13 +49,22 @@ class Ec2Provider:
     name = "ec2"
     announces = False  # the VPC's network learns of a move from EC2 alone
 
-    def __init__(self, settings: Ec2Settings, *, imds: Witness | None = None, path: Witness | None = None) -> None:
+    def __init__(
+        self,
+        settings: Ec2Settings,
+        pools: Iterable[Pool] = (),
+        *,
+        imds: Witness | None = None,
+        path: Witness | None = None,
+    ) -> None:
         self.settings = settings
         self.calls = Ec2Calls(settings)
         self.inventory = Inventory(self.calls)
         self.interfaces = Interfaces(self.calls, self.inventory)
         self._imds, self._path = imds, path
-        self._pools: dict[str, Pool] = {}
+        self._pools = {pool.name: pool for pool in pools if pool.provider == self.name}
+        self._checked: set[str] = set()
+        self._checking = asyncio.Lock()
         self._epochs: dict[str, int] = {}
         self._batches: dict[str, _Batch] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -66,19 +77,29 @@ class Ec2Provider:
 
     def budget(self) -> CallBudget:
         """For the planner: moves that EC2 allows us now, and how fast more come."""
-        return self.calls.budget("assign_private_ip_addresses")
+        return self.calls.budget(ASSIGN)
 
     # -- AddressProvider
 
     async def check(self, pool: Pool) -> None:
         await ec2_pools.check(self.calls, self.inventory, pool)
         self._pools[pool.name] = pool
+        self._checked.add(pool.name)
+
+    async def _checked_once(self, pool: Pool) -> None:
+        """A thousand that come at once make one check."""
+        async with self._checking:
+            if pool.name not in self._checked:
+                await self.check(pool)
 
     async def assign(self, addresses: Sequence[str], place: Place, epoch: int) -> None:
         self._admit(addresses, epoch)
+        for pool in {pool for pool in map(self._pool, addresses) if pool}:
+            await self._checked_once(pool)
         for subnet, chosen in self._by_subnet(addresses).items():
             target = await self.interfaces.of(instance_id(place.provider_id), subnet)
-            missing = [address for address in chosen if address not in target.addresses]
+            unsure = self.inventory.unsure
+            missing = [address for address in chosen if address not in target.addresses or address in unsure]
             if not missing:
                 continue
             holders = await self._holders(missing)
@@ -92,9 +113,8 @@ class Ec2Provider:
 
     async def confirm(self, addresses: Sequence[str], place: Place) -> bool:
         instance = instance_id(place.provider_id)
-        ours = (await self.inventory.interfaces()).values()
-        here = frozenset[str]().union(*(i.addresses for i in ours if i.instance == instance))
-        if not here.issuperset(addresses):
+        holders = await self.inventory.holders(addresses)
+        if not all(a in holders and holders[a].instance == instance for a in addresses):
             return False
         by_path = await self._path(addresses, place) if self._path else None
         if by_path is not None:
@@ -142,7 +162,8 @@ class Ec2Provider:
         """Interfaces of ours that hold the addresses now; a stranger's is an error."""
         wanted = set(addresses)
         ours = (await self.inventory.interfaces()).values()
-        found = {address: i for i in ours for address in i.addresses & wanted}
+        sure = wanted - self.inventory.unsure
+        found = {address: i for i in ours for address in i.addresses & sure}
         unknown = wanted - set(found)
         for address, holder in (await self.inventory.holders(unknown) if unknown else {}).items():
             if not self._is_ours(holder):
@@ -172,7 +193,7 @@ class Ec2Provider:
     # -- calls
 
     async def _in_one_call(self, target: Interface, addresses: Sequence[str]) -> None:
-        """Join the batch of the interface: whoever comes within `batch_s` shares its call."""
+        """Join the batch of the interface: whoever comes before its call has its turn shares it."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         batch = self._batches.get(target.id)
         if batch is None:
@@ -188,8 +209,9 @@ class Ec2Provider:
         batch = self._batches[target]
         try:
             await asyncio.sleep(self.settings.batch_s)
+            await self.calls.turn(ASSIGN)
             del self._batches[target]
-            await self._assign(target, batch.addresses)
+            await self._assign(target, batch.addresses, has_turn=True)
             outcome: OperatorError | None = None
         except Ec2Refusal as e:
             if len(batch.requests) > 1:  # one of them is at fault, and the others must not suffer for it
@@ -214,10 +236,11 @@ class Ec2Provider:
         else:
             _finish(future, None)
 
-    async def _assign(self, target: str, addresses: Sequence[str]) -> None:
+    async def _assign(self, target: str, addresses: Sequence[str], has_turn: bool = False) -> None:
         try:
             await self.calls.mutate(
-                "assign_private_ip_addresses",
+                ASSIGN,
+                has_turn=has_turn,
                 NetworkInterfaceId=target,
                 PrivateIpAddresses=list(addresses),
                 AllowReassignment=True,
@@ -227,7 +250,7 @@ class Ec2Provider:
                 raise Final("address_limit", f"{target} can hold no more addresses: {e.message}") from e
             raise
         finally:
-            self.inventory.changed()
+            self.inventory.moved(addresses)
 
     async def _move_ipv6(self, target: Interface, addresses: Sequence[str], holders: dict[str, Interface]) -> None:
         """IPv6 has no reassignment: off there, on here. Dead in between, the next try finds it nowhere and goes on."""
@@ -238,21 +261,21 @@ class Ec2Provider:
                 "assign_ipv6_addresses", NetworkInterfaceId=target.id, Ipv6Addresses=list(addresses)
             )
         finally:
-            self.inventory.changed()
+            self.inventory.moved(addresses)
 
     async def _unassign(self, holder: Interface, addresses: Sequence[str]) -> None:
         """What is gone already is no error."""
         six = ":" in addresses[0]
         action = "unassign_ipv6_addresses" if six else "unassign_private_ip_addresses"
-        key = "Ipv6Addresses" if six else "PrivateIpAddresses"
+        which: dict[str, Any] = {"Ipv6Addresses" if six else "PrivateIpAddresses": list(addresses)}
         try:
-            await self.calls.mutate(action, NetworkInterfaceId=holder.id, **{key: list(addresses)})
+            await self.calls.mutate(action, NetworkInterfaceId=holder.id, **which)
         except Ec2Refusal as e:
             gone = e.aws_code == "InvalidNetworkInterfaceID.NotFound" or "not assigned" in e.message
             if not gone:
                 raise
         finally:
-            self.inventory.changed()
+            self.inventory.moved(addresses)
 
 
 def _finish(future: asyncio.Future[None], error: OperatorError | None) -> None:

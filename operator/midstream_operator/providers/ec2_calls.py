@@ -104,9 +104,13 @@ class Ec2Calls:
         pacer = self._pacer(action)
         return CallBudget(max(0.0, pacer.level()), pacer.per_s, pacer.waiting)
 
-    async def mutate(self, action: str, **parameters: Any) -> dict[str, Any]:
+    async def turn(self, action: str) -> None:
+        """Wait for a call's turn before it is known what all it will say; then `mutate(has_turn=True)`."""
+        await self._pacer(action).take()
+
+    async def mutate(self, action: str, *, has_turn: bool = False, **parameters: Any) -> dict[str, Any]:
         """A call that changes something: paced, and retried while it may still succeed."""
-        return await self._retried(action, self._pacer(action), parameters)
+        return await self._retried(action, self._pacer(action), parameters, has_turn)
 
     async def read(self, action: str, **parameters: Any) -> dict[str, Any]:
         return await self._retried(action, None, parameters)
@@ -130,13 +134,16 @@ class Ec2Calls:
     def _pacer(self, action: str) -> Pacer:
         return self._pacers.setdefault(action, Pacer(self.settings.burst, self.settings.per_s))
 
-    async def _retried(self, action: str, pacer: Pacer | None, parameters: dict[str, Any]) -> dict[str, Any]:
+    async def _retried(
+        self, action: str, pacer: Pacer | None, parameters: dict[str, Any], has_turn: bool = False
+    ) -> dict[str, Any]:
         loop = asyncio.get_running_loop()
         give_up_at_s = loop.time() + self.settings.give_up_s
         pause_s = self.settings.retry_s
         while True:
-            if pacer is not None:
+            if pacer is not None and not has_turn:
                 await pacer.take()
+            has_turn = False
             try:
                 return await self._attempt(action, parameters)
             except Retryable as e:

@@ -134,6 +134,7 @@ class Interfaces:
     async def collect(self) -> list[str]:
         """Delete what is left over: ours, hanging on nothing and holding nothing for `leftover_s`. Call it now and
         then; what it deleted."""
+        self._inventory.changed()  # what is deleted is looked at anew
         now_s = asyncio.get_running_loop().time()
         idle = {i.id for i in (await self._inventory.interfaces()).values() if not i.instance and not i.addresses}
         self._idle_since_s = {id: self._idle_since_s.get(id, now_s) for id in idle}

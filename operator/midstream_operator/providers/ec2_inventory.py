@@ -14,6 +14,7 @@ from typing import Any
 
 from midstream_operator.errors import Final
 from midstream_operator.providers.ec2_calls import Ec2Calls
+from midstream_operator.together import Together
 
 CLUSTER_TAG = "midstream.dev/cluster"
 INSTANCE_TAG = "midstream.dev/instance"  # for whom it was made: found again before it is attached
@@ -63,15 +64,22 @@ class Inventory:
         self._listing: asyncio.Task[dict[str, Interface]] | None = None
         self._listed_at_s = float("-inf")
         self._dirty = False
-        self._asked: dict[str, asyncio.Future[Instance | None]] = {}
-        self._asking: set[asyncio.Task[None]] = set()
+        self.unsure: set[str] = set()
+        self._instances = Together("ec2-instances", self._settings.batch_s, self._ask_instances)
+        self._holders = Together("ec2-holders", self._settings.batch_s, self._ask_holders)
         self._limits: dict[str, TypeLimits] = {}
+        self._asking_limits = asyncio.Lock()
 
     # -- interfaces
 
     def changed(self) -> None:
-        """We changed something: the next question is asked anew."""
+        """We made or changed an interface: the next question is asked anew."""
         self._dirty = True
+
+    def moved(self, addresses: Iterable[str]) -> None:
+        """We asked for a move, and EC2 may have said yes or nothing: until the next listing nobody knows where they
+        are (`unsure`), and nothing is taken for done."""
+        self.unsure.update(addresses)
 
     async def interfaces(self) -> dict[str, Interface]:
         """All interfaces of this cluster, by id."""
@@ -86,11 +94,18 @@ class Inventory:
 
     async def _list(self) -> dict[str, Interface]:
         wanted = [{"Name": f"tag:{CLUSTER_TAG}", "Values": [self._settings.cluster]}]
+        before = set(self.unsure)
         found = await self._calls.pages("describe_network_interfaces", "NetworkInterfaces", Filters=wanted)
+        self.unsure -= before
         return {entry["NetworkInterfaceId"]: interface_of(entry) for entry in found}
 
     async def holders(self, addresses: Iterable[str]) -> dict[str, Interface]:
-        """Who holds these addresses, whoever that is: asked address by address, for those that are not ours."""
+        """Who holds these addresses now, whoever that is. Its addresses include its primary one."""
+        wanted = sorted(addresses)
+        found = await asyncio.gather(*(self._holders.get(address) for address in wanted))
+        return {address: holder for address, holder in zip(wanted, found, strict=True) if holder}
+
+    async def _ask_holders(self, addresses: list[str]) -> dict[str, Interface]:
         found: dict[str, Interface] = {}
         for filter_name, chosen in _by_family(addresses):
             for values in _chunks(chosen, self._settings.values_per_filter):
@@ -111,40 +126,26 @@ class Inventory:
 
     async def instance(self, id: str) -> Instance | None:
         """None: EC2 does not know it (any more)."""
-        future = self._asked.get(id)
-        if future is None:
-            future = self._asked[id] = asyncio.get_running_loop().create_future()
-            if len(self._asked) == 1:
-                task = asyncio.create_task(self._ask(), name="ec2-instances")
-                self._asking.add(task)
-                task.add_done_callback(self._asking.discard)
-        return await asyncio.shield(future)
+        return await self._instances.get(id)
 
-    async def _ask(self) -> None:
-        await asyncio.sleep(self._settings.batch_s)
-        asked, self._asked = self._asked, {}
-        try:
-            known: dict[str, Instance] = {}
-            for ids in _chunks(sorted(asked), self._settings.values_per_filter):
-                wanted = [{"Name": "instance-id", "Values": ids}]
-                for reservation in await self._calls.pages("describe_instances", "Reservations", Filters=wanted):
-                    known |= {entry["InstanceId"]: instance_of(entry) for entry in reservation["Instances"]}
-        except Exception as e:
-            for future in asked.values():
-                future.set_exception(e)
-                future.exception()  # whoever asked may be gone
-        else:
-            for id, future in asked.items():
-                future.set_result(known.get(id))
+    async def _ask_instances(self, ids: list[str]) -> dict[str, Instance]:
+        """By filter: an unknown id is then no error for the others."""
+        known: dict[str, Instance] = {}
+        for values in _chunks(ids, self._settings.values_per_filter):
+            wanted = [{"Name": "instance-id", "Values": values}]
+            for reservation in await self._calls.pages("describe_instances", "Reservations", Filters=wanted):
+                known |= {entry["InstanceId"]: instance_of(entry) for entry in reservation["Instances"]}
+        return known
 
     async def limits(self, kind: str) -> TypeLimits:
-        if kind not in self._limits:
-            answer = await self._calls.read("describe_instance_types", InstanceTypes=[kind])
-            info = answer["InstanceTypes"][0]["NetworkInfo"]
-            self._limits[kind] = TypeLimits(
-                info["MaximumNetworkInterfaces"], info["Ipv4AddressesPerInterface"], info["Ipv6AddressesPerInterface"]
-            )
-        return self._limits[kind]
+        """What AWS says of an instance type; asked once."""
+        async with self._asking_limits:
+            if kind not in self._limits:
+                answer = await self._calls.read("describe_instance_types", InstanceTypes=[kind])
+                info = answer["InstanceTypes"][0]["NetworkInfo"]
+                names = ("MaximumNetworkInterfaces", "Ipv4AddressesPerInterface", "Ipv6AddressesPerInterface")
+                self._limits[kind] = TypeLimits(*(info[name] for name in names))
+            return self._limits[kind]
 
 
 def _by_family(addresses: Iterable[str]) -> list[tuple[str, list[str]]]:

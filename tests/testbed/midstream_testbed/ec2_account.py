@@ -104,6 +104,7 @@ class Account:
     lie_to_packets: bool = False  # EC2 says it has moved, the network has not
     lock: threading.RLock = field(default_factory=threading.RLock)
     _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    _index: dict[str, list[str]] | None = None  # interface -> addresses that are or were its; None: not up to date
 
     def new_id(self, kind: str) -> str:
         return f"{kind}-{next(self._numbers):017x}"
@@ -165,12 +166,14 @@ class Account:
         interface = Interface(self.new_id("eni"), subnet, primary)
         self.interfaces[interface.id] = interface
         self.addresses[primary] = Ownership(interface.id)
+        self._index = None
         return interface
 
     def delete_interface(self, interface: Interface) -> None:
         del self.interfaces[interface.id]
         for address in [ip for ip, owned in self.addresses.items() if owned.interface == interface.id]:
             del self.addresses[address]
+            self._index = None
             if address != interface.primary:
                 self.network.release(address)
 
@@ -181,16 +184,27 @@ class Account:
         primary = self.interfaces[interface].primary
         now = self.clock()
         found = []
-        for address, owned in self.addresses.items():
+        for address in self._held().get(interface, ()):
+            owned = self.addresses[address]
             seen = owned.previous if now < owned.changed_at + lag_s else owned.interface
             if seen == interface and address != primary and (":" in address) == (version == 6):
                 found.append(address)
         return sorted(found, key=ipaddress.ip_address)
 
+    def _held(self) -> dict[str, list[str]]:
+        """A fleet asks for a thousand interfaces at once."""
+        if self._index is None:
+            self._index = {}
+            for address, owned in self.addresses.items():
+                for holder in {owned.interface, owned.previous} - {None}:
+                    self._index.setdefault(str(holder), []).append(address)
+        return self._index
+
     def own(self, address: str, interface: str) -> None:
         """A yes to an assignment, and what comes of it."""
         if self.lie:
             return
+        self._index = None
         owned = self.addresses.get(address)
         if owned is None:
             self.addresses[address] = Ownership(interface, None, self.clock())
@@ -201,6 +215,7 @@ class Account:
 
     def disown(self, address: str) -> None:
         if not self.lie:
+            self._index = None
             del self.addresses[address]
             self.network.release(address)
 
