@@ -78,12 +78,14 @@ bench: setup-test build ## All benchmarks; figures beside their goals, JSON unde
 	@scripts/setup.sh inspect
 	@scripts/parts.sh bench
 
-lint: ## ruff, mypy --strict, import-linter, clang-format
+lint: ## ruff, mypy --strict, import-linter, clang-format, helm lint
 	@scripts/setup.sh dev lint
 	$(DEV) -m ruff check
 	$(DEV) -m mypy $(PRODUCT) examples
 	@for folder in $(TEST_FOLDERS); do $(DEV) -m mypy tests/$$folder/*.py || exit 1; done
 	build/venv-dev/bin/lint-imports --no-cache
+	@scripts/kube.sh helm
+	@for values in tests/cluster/values/*.yaml; do build/kube/helm lint --strict --quiet charts/midstream -f $$values || exit 1; done
 	clang-format --dry-run -Werror $(C_FILES)
 
 proto: ## Generate the gRPC stubs again

@@ -18,8 +18,13 @@ declare -A binaries=(
 declare -A version_flags=(
   [kubernetes]="-X k8s.io/component-base/version.gitVersion=VERSION -X k8s.io/component-base/version.gitTreeState=clean"
   [etcd]=""
-  [helm]="-X helm.sh/helm/v3/internal/version.version=VERSION"
+  [helm]="-X helm.sh/helm/v3/internal/version.version=VERSION KUBE"
 )
+# Without a cluster, helm renders for the Kubernetes that it was built with: it is told at link time.
+for package in pkg/lint/rules pkg/chartutil; do
+  version_flags[helm]=${version_flags[helm]/KUBE/"-X helm.sh/helm/v3/$package.k8sVersionMajor=1 -X helm.sh/helm/v3/$package.k8sVersionMinor=35 KUBE"}
+done
+version_flags[helm]=${version_flags[helm]% KUBE}
 declare -A main_module=([kubernetes]=k8s.io/kubernetes [etcd]=go.etcd.io/etcd/server/v3 [helm]=helm.sh/helm/v3)
 
 new_enough() { [ "$(printf '%s\n' "$go_wanted" "$1" | sort -V | head -n 1)" = "$go_wanted" ]; }
@@ -47,7 +52,7 @@ given() { [ -n "${KUBEBUILDER_ASSETS:-}" ] && [ -x "$KUBEBUILDER_ASSETS/$1" ]; }
 
 build() { # one module -> its folder under the cache
   local name=$1 source=$top/tests/testbed/kube/$1 key out version staging flags
-  key=$(cat "$source/go.mod" "$source/go.sum" <("$go" env GOVERSION) | sha256sum | cut -c1-16)
+  key=$(cat "$source/go.mod" "$source/go.sum" <("$go" env GOVERSION; echo "${version_flags[$name]}") | sha256sum | cut -c1-16)
   out=$cache/kube-$name-$key
   if [ ! -e "$out/complete" ]; then
     version=$(awk -v module="${main_module[$name]}" '{sub(/^require /, "")} $1 == module {print $2; exit}' "$source/go.mod")

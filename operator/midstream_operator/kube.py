@@ -84,7 +84,7 @@ class Kube:
         self,
         method: str,
         path: str,
-        body: Json | None = None,
+        body: Json | list[Json] | None = None,
         query: Sequence[tuple[str, str]] = (),
         content_type: str = "application/json",
         timeout_s: float = 30.0,

@@ -6,6 +6,7 @@ What runs, each as a named task; when one of them ends, the process does, and th
     kopf            MigrationJobs, FloatingIPs (handlers)   both
     http            probes, metrics, doctor                 both
     events          posts Events                            both
+    certificates    renews our own, signs the agents' while we lead; only where we keep the authority
     leader          waits for the Lease, then: jobs, floating ips, notice sources
 """
 
@@ -25,9 +26,11 @@ from typing import Any
 import kopf
 import uvloop
 import yaml
+from aiohttp import web
 
-from midstream_operator import handlers, http, logs
+from midstream_operator import certificates, handlers, http, logs, webhook
 from midstream_operator.agents import Agents
+from midstream_operator.authority import Pair
 from midstream_operator.context import Context
 from midstream_operator.doctor import Doctor
 from midstream_operator.errors import Final, OperatorError
@@ -75,11 +78,12 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
 class Operator:
     """One replica: its parts, and how they start and end."""
 
-    def __init__(self, settings: Settings, kube: Kube) -> None:
+    def __init__(self, settings: Settings, kube: Kube, authority: Pair | None = None) -> None:
         view = View()
         agents = Agents(settings, view)
         metrics = Metrics()
         self._ec2 = ec2_of(settings)
+        self._authority = authority  # None: certificates are somebody else's
         self.ctx = Context(
             settings,
             kube,
@@ -101,6 +105,7 @@ class Operator:
     async def run(self) -> None:
         """Until a signal, or until a part of it ends."""
         settings, kube, timeouts = self.ctx.settings, self.ctx.kube, self.ctx.settings.timeouts
+        hook = await self._webhook()
         runner = await http.serve(settings.http_port, self.ctx.metrics, self.ready, Doctor(self.ctx, self.fips).report)
         watch = kopf.operator(
             registry=handlers.registry(self.jobs, self.fips),
@@ -114,6 +119,8 @@ class Operator:
             "events": self.ctx.events.run(),
             "leader": self._leader(),
         }
+        if self._authority is not None:
+            parts["certificates"] = certificates.Signer(self.ctx, self._authority).run()
         tasks = [asyncio.create_task(_named(work), name=name) for name, work in parts.items()]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -123,6 +130,16 @@ class Operator:
         finally:
             await self._stop(tasks)
             await runner.cleanup()
+            if hook is not None:
+                await hook.cleanup()
+
+    async def _webhook(self) -> web.AppRunner | None:
+        if not self.ctx.settings.webhook.port:
+            return None
+        if self._authority is None:
+            raise Final("bad_config", "webhook.port: needs certificates: operator, whose authority signs its own")
+        await webhook.trust(self.ctx.kube, self.ctx.settings, self._authority)
+        return await webhook.serve(self.ctx.settings)
 
     async def _stop(self, tasks: list[asyncio.Task[Any]]) -> None:
         led = self.ctx.lease.held
@@ -207,7 +224,8 @@ async def _named(work: Awaitable[Any]) -> Any:
 async def run(settings: Settings) -> None:
     kube = await connect()
     try:
-        await Operator(settings, kube).run()
+        authority = await certificates.prepare(kube, settings) if settings.certificates == "operator" else None
+        await Operator(settings, kube, authority).run()
     finally:
         await kube.close()
 

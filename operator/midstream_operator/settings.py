@@ -79,12 +79,28 @@ class Pool:
 
 
 @dataclass(frozen=True, slots=True)
+class Webhook:
+    """What is added to enabled pods (injection.py); the certificate is the operator's own."""
+
+    port: int = 0  # 0: no webhook
+    image: str = ""  # of the gateway
+    grace_s: int = 150  # least terminationGracePeriodSeconds of an injected pod: a spot notice's 120 s and some
+    gateway_port: int = 8000
+    prestop_port: int = 8002
+    engine_port: int = 8001  # where the engine's own server listens, in the pod
+    configuration: str = "midstream"  # MutatingWebhookConfiguration that gets our caBundle
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     namespace: str = "midstream-system"  # the operator's own: its Lease, its agents
     identity: str = "midstream-operator"  # this replica, by the pod's name
     tls: TlsFiles = field(default_factory=TlsFiles)
     agent_selector: str = "app.kubernetes.io/name=midstream,app.kubernetes.io/component=agent"
     agent_port: int = 9443
+    agent_account: str = "midstream-agent"  # the agents' ServiceAccount: whose certificate requests are signed
+    certificates: str = "files"  # operator: kept and signed here (certificates.py); files: somebody else's
+    certificate_days: float = 30.0  # of the operator's and the agents'; renewed when a third of it is left
     enabled_label: str = "midstream.dev/enabled"  # pods with the value "true" are watched, no others
     node_selector: str = ""  # server-side selector of the nodes that are watched
     gateway_port_name: str = "midstream"  # of the serving container's port; FloatingIP.spec.ports names others
@@ -94,6 +110,7 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
     aws: AwsSettings = field(default_factory=AwsSettings)
     handling: HandlingSettings = field(default_factory=HandlingSettings)
+    webhook: Webhook = field(default_factory=Webhook)
 
     def pool(self, name: str) -> Pool:
         for pool in self.pools:
@@ -112,7 +129,8 @@ class Settings:
 
 
 _NESTED: dict[str, type[Any]] = {
-    c.__name__: c for c in (TlsFiles, Timeouts, Limits, AwsSettings, Ec2Settings, SqsSettings, HandlingSettings)
+    c.__name__: c
+    for c in (TlsFiles, Timeouts, Limits, AwsSettings, Ec2Settings, SqsSettings, HandlingSettings, Webhook)
 }
 _NUMBERS = {"int": (int,), "float": (int, float)}
 

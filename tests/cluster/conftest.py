@@ -12,8 +12,7 @@ from midstream_testbed.cluster import BINARIES, ControlPlane
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """A control plane whose nodes are objects only, simulated agents, operators."""
-    assets = BINARIES
-    with World.create(tmp_path_factory.mktemp("cluster"), assets) as world:
+    with World.create(tmp_path_factory.mktemp("cluster"), BINARIES) as world:
         yield world
 
 

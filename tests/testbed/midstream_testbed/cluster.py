@@ -226,9 +226,10 @@ class ControlPlane:
     def kubectl(self, *args: Argument, **options: Any) -> subprocess.CompletedProcess[str]:
         return self.run("kubectl", *args, **options)
 
-    def apply(self, *objects: dict[str, Any], **options: Any) -> None:
+    def apply(self, *objects: dict[str, Any], server_side: bool = False, **options: Any) -> None:
         items = {"apiVersion": "v1", "kind": "List", "items": objects}
-        self.kubectl("apply", "-f", "-", input=json.dumps(items), **options)
+        how = ["--server-side", "--force-conflicts"] if server_side else []
+        self.kubectl("apply", *how, "-f", "-", input=json.dumps(items), **options)
 
     def get(self, *args: Argument, **options: Any) -> Any:
         """``kubectl get ... -o json``, read."""
