@@ -14,6 +14,7 @@ from typing import Any
 import boto3
 import notice_bodies as bodies
 import pytest
+from fast_queue import FastQueue
 from midstream_operator.aws_settings import SqsSettings
 from midstream_operator.notices.base import Notice, NoticeKind
 from midstream_operator.notices.instances import Instances
@@ -164,12 +165,12 @@ def test_foreign_messages_are_left_for_others_by_setting(queue: Queue) -> None:
 
 
 def test_a_flood_of_foreign_messages_does_not_hide_the_one_that_matters(queue: Queue) -> None:
-    """Three hundred only: moto's queue takes time that grows with the square of its length."""
-    queue.settings = replace(queue.settings, visibility_s=20)
-    foreign = [json.dumps(bodies.spot(f"i-{n:017x}")) for n in range(300)]
-    queue.send(*foreign, json.dumps(bodies.spot()))
-    source = queue.run(lambda: queue.left() == 0)
-    assert len(queue.taken) == 1 and source.outcomes["foreign"] == 300
+    foreign = [bodies.spot(f"i-f{n:016x}") for n in range(2000)]
+    with FastQueue() as fast:
+        queue.settings = replace(queue.settings, queue_url=fast.url, endpoint=fast.url, visibility_s=300)
+        fast.send(*foreign[:1000], bodies.spot(), *foreign[1000:])
+        source = queue.run(lambda: fast.left() == 0)
+    assert len(queue.taken) == 1 and source.outcomes["foreign"] == 2000
 
 
 def test_a_queue_that_does_not_answer_is_named_and_comes_back(queue: Queue) -> None:
