@@ -185,15 +185,19 @@ class HasNotices(Protocol):
     def notices(self) -> Board: ...
 
 
+class Service(Protocol):
+    """What the mixin needs of the service that it is mixed into: the node, and who may ask."""
+
+    @property
+    def _node(self) -> HasNotices: ...
+
+    async def _admit(self, context: Any) -> None: ...
+
+
 class NoticesMixin:
-    """`Agent.Notices`: mixed into the agent's service, which has the node and says who may ask."""
+    """`Agent.Notices`, for the agent's service."""
 
-    _node: HasNotices
-
-    async def Notices(self, request: pb.NoticesRequest, context: Any) -> AsyncIterator[pb.Notice]:
+    async def Notices(self: Service, request: pb.NoticesRequest, context: Any) -> AsyncIterator[pb.Notice]:
         await self._admit(context)
         async for notice in self._node.notices.listen():
             yield notice
-
-    async def _admit(self, context: Any) -> None:
-        raise NotImplementedError
