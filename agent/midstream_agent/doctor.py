@@ -16,7 +16,8 @@ def _finding(check: str, good: bool, message: str, remedy: str, severity: str = 
 
 async def examine(node: Node) -> list[pb.Finding]:
     """All checks of this node, in the order in which a migration would meet them."""
-    return [*capabilities(), await _holds(node), conntrack_loose(), *mptcp(), *_addresses(node), _tunnel(node)]
+    found = [*capabilities(), await _holds(node), conntrack_loose(), *mptcp(), *_addresses(node)]
+    return [*found, _tunnel(node), *_imds(node)]
 
 
 def capabilities(status: Path = Path("/proc/self/status")) -> list[pb.Finding]:
@@ -55,6 +56,15 @@ def mptcp(path: Path = Path("/proc/sys/net/mptcp/enabled")) -> list[pb.Finding]:
     text = "MPTCP is enabled: listeners of Go >= 1.24 use it and cannot be migrated"
     remedy = "GODEBUG=multipathtcp=0 in pods written in Go, or sysctl net.mptcp.enabled=0"
     return [_finding("mptcp", False, text, remedy, "warning")]
+
+
+def _imds(node: Node) -> list[pb.Finding]:
+    if not node.settings.imds.host:
+        return []
+    wrong = [f"{path}: {why}" for path, why in sorted(node.notices.health.items())]
+    text = "; ".join(wrong) or f"instance metadata of {node.notices.instance_id} is heard"
+    remedy = "the agent needs hostNetwork, or a hop limit of 2 (HttpPutResponseHopLimit); IMDS must be enabled"
+    return [_finding("imds", not wrong, text, remedy)]
 
 
 def _addresses(node: Node) -> list[pb.Finding]:

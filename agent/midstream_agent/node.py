@@ -22,6 +22,7 @@ from midstream_agent.announce import Gateway, Nic, Responder, resolve
 from midstream_agent.hold import Hold
 from midstream_agent.inject import Injector
 from midstream_agent.net import Link, NetWorker
+from midstream_agent.notices import Board, watch
 from midstream_agent.pods import Pod, find_pod
 from midstream_agent.routes import RouteSocket
 from midstream_agent.settings import Settings
@@ -84,6 +85,7 @@ class Node:
     tasks: Tasks = field(default_factory=Tasks)
     linger: dict[tuple[str, ...], tuple[bytes, asyncio.Task[None]]] = field(default_factory=dict)
     """By addresses: entries that stay for late packets after a job, and what ends them."""
+    notices: Board = field(default_factory=Board)
     _epochs: dict[str, int] = field(default_factory=dict)
 
     @classmethod
@@ -116,6 +118,8 @@ class Node:
             tunnel.start()
         for responder in responders:
             responder.start()
+        if settings.imds.host:
+            node.tasks.start("imds", watch(settings.imds, node.notices))
         return node
 
     async def stop(self) -> None:

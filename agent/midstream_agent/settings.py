@@ -64,6 +64,19 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
+class ImdsSettings:
+    """EC2's instance metadata. Seconds, unless the name says otherwise."""
+
+    host: str = ""  # 169.254.169.254 on EC2; empty: nobody is asked
+    port: int = 80
+    timeout_s: float = 2.0  # IMDS answers in milliseconds, or the hop limit is in the way
+    poll_s: float = 1.0  # a notice is heard within this time
+    jitter: float = 0.1  # a thousand nodes must not ask in step
+    retry_max_s: float = 5.0  # between two tries while IMDS is away: a notice may come meanwhile
+    absent_max_s: float = 60.0  # where it has never answered: this is no EC2 instance
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """What one agent knows of itself."""
 
@@ -80,6 +93,7 @@ class Settings:
     tunnel_port: int = 9445  # not 4789, which a CNI's overlay may use
     timeouts: Timeouts = field(default_factory=Timeouts)
     limits: Limits = field(default_factory=Limits)
+    imds: ImdsSettings = field(default_factory=ImdsSettings)
     boot_id: str = ""  # empty: the kernel's
     fip_rule_to: int = 513  # between the VPC CNI's 512 and 1024 (facts: its source)
     fip_rule_from: int = 600
