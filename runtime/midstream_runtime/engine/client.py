@@ -18,7 +18,7 @@ import socket
 import struct
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from midstream_runtime.contract.errors import Final, MidstreamError, Retryable
 from midstream_runtime.engine import ipc
@@ -31,6 +31,9 @@ from midstream_runtime.engine.protocol import (
     SamplingParams,
     TokenEvent,
 )
+
+if TYPE_CHECKING:
+    from midstream_runtime.engine.vllm.upstream import Upstream
 
 _READ_BYTES = 1 << 20
 _ANCILLARY_BYTES = socket.CMSG_SPACE(4 * 4)
@@ -49,6 +52,10 @@ class GatewayEngine(Engine, Protocol):
     healthy: bool
     load: dict[str, float] | None
     """{kv_free: share, running, waiting}: for whoever chooses a target. None: not known."""
+
+    @property
+    def upstream(self) -> Upstream | None:
+        """The engine's own HTTP server, for requests that this protocol cannot express."""
 
     async def start(self, requests: Sequence[StartRequest], sink: Sink) -> dict[str, MidstreamError]: ...
 
@@ -96,6 +103,7 @@ class EngineClient:
         self._fds: list[int] = []
         self.on_lost: Callable[[MidstreamError], None] | None = None
         self.on_change: Callable[[EngineInfo], None] | None = None
+        self.upstream: Upstream | None = None
         self.healthy = True
         self.load: dict[str, float] | None = None
 

@@ -19,6 +19,7 @@ from midstream_runtime.contract.errors import MidstreamError, Retryable
 from midstream_runtime.contract.pool import PoolView
 from midstream_runtime.engine.client import GatewayEngine
 from midstream_runtime.engine.protocol import EngineInfo, EngineState, RequestStats, TokenEvent
+from midstream_runtime.engine.vllm.upstream import Upstream
 from midstream_runtime.gateway.http import HttpError
 from midstream_runtime.gateway.metrics import Metrics
 from midstream_runtime.gateway.stream import Answer, Stream
@@ -79,6 +80,11 @@ class Gateway(App):
         if self._engine is None:
             raise Retryable("engine_lost", "the engine is not there: it is being started again, try later")
         return self._engine
+
+    @property
+    def upstream(self) -> Upstream | None:
+        """The engine's own HTTP server, for requests that go to it as they came; None: it has none."""
+        return self._engine.upstream if self._engine is not None else None
 
     def _engine_lost(self, error: MidstreamError) -> None:
         self._engine, self._pool = None, None
@@ -154,7 +160,7 @@ class Gateway(App):
     def close_idle(self) -> None:
         now = time.monotonic()
         for stream in list(self.streams):
-            if stream.answer is None and not stream.connection.frozen and now > stream.deadline:
+            if not stream.busy and not stream.connection.frozen and now > stream.deadline:
                 stream.close_idle()
 
     # -- migration: what the handoff asks for ----------------------------------------------------------------
@@ -247,6 +253,8 @@ class Gateway(App):
             await self._engine.resume(names)
         for stream in streams:
             stream.touch()
+            if stream.passing is not None:
+                stream.passing.resume()
             stream.proceed()
 
     def _wipe(self, slots: Sequence[int | None]) -> None:
