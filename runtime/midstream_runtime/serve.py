@@ -199,6 +199,8 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     add("--engine-url", default="http://127.0.0.1:8001", help="of the vLLM server (%(default)s)")
     add("--engine-pool", default="/run/midstream/pool.sock", help="of vLLM's connector, '' without (%(default)s)")
     add("--engine-python", default=sys.executable, help="Python with torch, for the built-in engine (%(default)s)")
+    add("--engine-chat", default="ids", choices=("ids", "native"),
+        help="native: chats go through vLLM's own endpoint, since it has a reasoning parser (%(default)s)")
     for name, default in (("--model", "tiny"), ("--pool-slots", "8192"), ("--pace-ms", "0"), ("--device", "cpu")):
         add(name, default=default, help="of the built-in engine (%(default)s)")
     add("--max-body-bytes", type=int, default=8 << 20, help="largest request body (%(default)s)")
@@ -222,7 +224,10 @@ def parse(argv: Sequence[str] | None = None) -> Options:
             "--pool-slots", args.pool_slots, "--pace-ms", args.pace_ms, "--device", args.device,
         ],
         grace_s=args.grace_s,
-        gateway=Settings(args.max_body_bytes, args.idle_s, os.environ.get("MIDSTREAM_TEST_ZERO_KV") == "1"),
+        gateway=Settings(
+            args.max_body_bytes, args.idle_s, zero_kv=os.environ.get("MIDSTREAM_TEST_ZERO_KV") == "1",
+            native_chat=args.engine_chat == "native",
+        ),
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from midstream_runtime.gateway.app import Settings as GatewaySettings
 from midstream_runtime.gateway.metrics import Metrics
 from vllm_servers import VllmServer
 
-FAST = Settings(outage_s=120, retry_s=0.1, watch_s=0.2)
+FAST = Settings(outage_s=280, retry_s=0.1, watch_s=0.2)
 
 
 async def start_node(server: VllmServer, *, pool: bool = True, **settings: Any) -> Node:

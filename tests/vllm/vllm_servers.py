@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
 import urllib.request
@@ -74,6 +75,11 @@ def make_model(folder: Path) -> Path:
     if done.returncode:
         raise RuntimeError(f"no model could be made:\n{done.stderr[-3000:]}")
     return folder
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return int(sock.getsockname()[1])
 
 
 @dataclass

@@ -35,6 +35,8 @@ class Settings:
     """A connection on which nothing is asked for this long is closed."""
     zero_kv: bool = False
     """For tests: wipe the KV that comes with a migration, so that an answer that uses it must change."""
+    native_chat: bool = False
+    """Chats go to the engine's own server: it shapes their answers (tool and reasoning parsers)."""
 
 
 class Gateway(App):

@@ -188,6 +188,9 @@ class Stream:
 
     def _ask(self, kind: openai.Kind, request: http.Request, raw: bytes) -> None:
         info = self.gateway.info
+        if kind == "chat" and self.gateway.settings.native_chat and self.gateway.upstream is not None:
+            self.passing = Passthrough(self, request, raw)
+            return
         try:
             ask = openai.parse(kind, request.body, info.model)
         except http.HttpError:
@@ -376,7 +379,6 @@ class Stream:
         engine = EngineState.from_json(data["answer"]["engine"])
         here = [None if block.slot is None else slots[block.slot] for block in engine.kv]
         return stream, StartRequest(answer.name, state=engine.with_slots(here), paused=True)
-
 
     def _pass_on(self, raw: bytes, replay: Replay) -> None:
         """A request whose answer is generated again."""

@@ -24,17 +24,17 @@ CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 TOOLS = [{"type": "function", "function": {"name": "look_up", "parameters": {}}}]
 
 
-async def node(server: FakeVllm) -> Node:
+async def node(server: FakeVllm, **settings: Any) -> Node:
     engine = await VllmEngine.connect(server.url, None, FAST)
-    gateway = Gateway(await engine.info(), GatewaySettings(1 << 20, 60.0), Metrics())
+    gateway = Gateway(await engine.info(), GatewaySettings(1 << 20, 60.0, **settings), Metrics())
     gateway.attach(engine)
     return Node(gateway, engine)  # type: ignore[arg-type]  # all of it that the pair uses is there
 
 
 @asynccontextmanager
-async def two_fakes() -> AsyncIterator[tuple[Pair, FakeVllm, FakeVllm]]:
+async def two_fakes(**settings: Any) -> AsyncIterator[tuple[Pair, FakeVllm, FakeVllm]]:
     async with FakeVllm() as first, FakeVllm() as second:
-        pair = Pair(await node(first), await node(second))
+        pair = Pair(await node(first, **settings), await node(second, **settings))
         try:
             yield pair, first, second
         finally:
@@ -159,6 +159,20 @@ def test_streams_that_only_the_server_can_shape_are_generated_again(path: str, d
             assert put_together(got) == put_together(wanted)
             assert len({event["id"] for event in got.events()}) == 1, "one answer has one id, on both nodes"
             assert second.asked[0] == data, "the request goes to the server as it came"
+
+    asyncio.run(run())
+
+
+def test_a_servers_reasoning_parser_shapes_chats_where_the_gateway_is_told_so() -> None:
+    data = chat(60, model="fake")
+
+    async def run() -> None:
+        async with two_fakes(native_chat=True) as (pair, _, _second):
+            wanted = put_together(await ask(pair, data, CHAT))
+            assert len(wanted[0]["reasoning"]) == 4 and wanted[0]["content"]
+            client, connection = await begin(pair, data, CHAT)
+            await pair.move(connection, pair.a, pair.b, kv=False)
+            assert put_together(await client.answer()) == wanted
 
     asyncio.run(run())
 
