@@ -11,8 +11,7 @@ import pytest
 from gateway_pair import completion, request
 from midstream_runtime.contract.errors import Retryable
 from midstream_runtime.contract.pool import SlotState
-from test_moves import PROMPT_TOKENS, Hits, Servers, moved, prompt, stop_at, unmoved
-from vllm_pair import two_vllm_nodes
+from vllm_pair import PROMPT_TOKENS, Hits, Servers, moved, prompt, stop_at, two_vllm_nodes, unmoved
 from vllm_servers import BLOCK_TOKENS, NAME, VllmServer, free_port
 
 POOL_SLOTS, GPU_BLOCKS = 24, 20
@@ -21,10 +20,9 @@ POOL_SLOTS, GPU_BLOCKS = 24, 20
 @pytest.fixture(scope="module")
 def small_server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
     """vLLM has room for 608 tokens (one block is its own), the pool for 24 blocks."""
-    server = VllmServer(
-        tiny_model, free_port(), tmp_path_factory.mktemp("small"),
-        options=["--num-gpu-blocks-override", str(GPU_BLOCKS), "--max-model-len", "512"], extra={"pool_slots": POOL_SLOTS},
-    )  # fmt: skip
+    options = ["--num-gpu-blocks-override", str(GPU_BLOCKS), "--max-model-len", "512"]
+    folder = tmp_path_factory.mktemp("small")
+    server = VllmServer(tiny_model, free_port(), folder, options=options, extra={"pool_slots": POOL_SLOTS})
     try:
         server.start()
         server.wait()

@@ -16,11 +16,14 @@ from midstream_testbed.machine import Pod
 from midstream_testbed.namespace import Process
 from midstream_testbed.vpc import Vpc
 from town import ADDRESS, PORT, Town
-from vllm_servers import BLOCK_TOKENS, NAME, environment, serve_argv, transfer_config
+from vllm_servers import NAME, environment, serve_argv, transfer_config
 
 POOL = "/run/midstream/pool.sock"
 """In the pod's own /run, which its processes share as containers share a volume."""
 SERVER_PORT = 8001
+BLOCK_TOKENS = 128
+"""The agent reserves four blocks a stream for what is decoded between its listing and the pause: with a model as
+small as this, hundreds of tokens."""
 PROMPT_TOKENS = 100
 TOKENS = 1200
 URL = f"http://{ADDRESS}:{PORT}/v1/completions"
@@ -34,7 +37,8 @@ class VllmTown(Town):
         config = transfer_config(POOL) if connector else None
         for host in self.hosts:
             pod = host.add_pod(f"vllm-{host.name}")
-            pod.popen(serve_argv(model, SERVER_PORT, config), env=env, name="vllm")
+            server = serve_argv(model, SERVER_PORT, config, "--block-size", str(BLOCK_TOKENS))
+            pod.popen(server, env=env, name="vllm")
             argv = [
                 sys.executable, "-m", "midstream_runtime.serve", "--listen", f"[::]:{GATEWAY_PORT}",
                 "--path-mtu", str(self.vpc.mtu), "--engine", "vllm", "--engine-url", f"http://127.0.0.1:{SERVER_PORT}",
