@@ -184,7 +184,7 @@ async def _drain(gateway: Gateway, grace_s: float) -> None:
     """Let answers under way end."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(grace_s):
-            while gateway.answers:  # noqa: ASYNC110 - it changes in callbacks of many kinds
+            while gateway.busy:  # noqa: ASYNC110 - it changes in callbacks of many kinds
                 await asyncio.sleep(0.05)
 
 

@@ -95,6 +95,11 @@ class Gateway(App):
             stream.fail(error)
         self.answers.clear()
 
+    @property
+    def busy(self) -> bool:
+        """Is anybody still being answered?"""
+        return bool(self.answers) or any(stream.passing is not None for stream in self.streams)
+
     def new_name(self) -> str:
         return f"a{next(self._names)}"
 

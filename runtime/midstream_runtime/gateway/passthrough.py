@@ -110,9 +110,14 @@ class Passthrough:
                 if self.replay is not None:
                     self.replay = Replay(self.replay.shown, self.replay.common)
                 await asyncio.sleep(RETRY_S)
-            except (MidstreamError, ReplayDiverged) as error:
-                code = error.code if isinstance(error, MidstreamError) else "replay_diverged"
-                self._fail(code, str(error))
+            except ReplayDiverged as error:
+                self._fail("replay_diverged", f"the answer came out otherwise when it was generated again: {error}")
+                break
+            except MidstreamError as error:
+                self._fail(error.code, error.message)
+                break
+            except (LookupError, TypeError, ValueError) as error:
+                self._fail("engine_refused", f"vLLM sent what this gateway cannot read: {error!r}")
                 break
         self._done = True
         self._write(b"")

@@ -113,6 +113,7 @@ class VllmEngine:
         engine = cls(url, pool_path, settings)
         await engine._greet()
         engine._watching = asyncio.get_running_loop().create_task(engine._watch(), name="vllm-watch")
+        engine._watching.add_done_callback(engine._watch_ended)
         return engine
 
     async def close(self) -> None:
@@ -141,7 +142,9 @@ class VllmEngine:
     async def _greet(self) -> None:
         """Learn what the server serves; its pool, where one is expected."""
         models = await self.upstream.json("GET", "/v1/models")
-        card = next(m for m in models["data"] if not m.get("parent"))
+        card = next((m for m in models["data"] if not m.get("parent")), None)
+        if card is None:
+            raise Retryable("engine_lost", "the vLLM server lists no model of its own yet")
         context = int(card["max_model_len"])
         fingerprint = hashlib.sha256(f"{card.get('root')} {context}".encode()).hexdigest()[:32]
         pool = None
@@ -152,7 +155,7 @@ class VllmEngine:
         self._info = EngineInfo(str(card["id"]), fingerprint, context, 0, -1, -1, 0.0, "vllm", pool)
 
     async def _watch(self) -> None:
-        while True:
+        while not self._lost.is_set():
             await asyncio.sleep(self.settings.watch_s)
             try:
                 self.load = load_of(await self.upstream.text("/metrics"))
@@ -162,10 +165,16 @@ class VllmEngine:
                     if self.pool_fd() is None:
                         await self._come_back()
                 self.healthy = True
-            except (MidstreamError, TimeoutError, ValueError, KeyError, StopIteration) as error:
+            except (MidstreamError, LookupError, TypeError, ValueError) as error:
                 if self.healthy:
                     log.warning("vLLM: %s", error)
                 self.healthy, self.load = False, None
+
+    def _watch_ended(self, task: asyncio.Task[None]) -> None:
+        """It ends with the engine; anything else is a bug, and the keeper begins again."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("vLLM: the watch failed", exc_info=error)
+            self._fail_all(Retryable("engine_lost", f"the watch over the vLLM server failed: {error!r}"))
 
     async def _come_back(self) -> None:
         """vLLM was started again: its pool is a new one, and empty."""
@@ -182,8 +191,7 @@ class VllmEngine:
     def _fail_all(self, error: MidstreamError) -> None:
         self._lost.set()
         for running in self._running.values():
-            if running.task is not None:
-                running.task.cancel()
+            _cancel(running)
         self._running.clear()
         if self.on_lost is not None:
             self.on_lost(error)
@@ -201,9 +209,8 @@ class VllmEngine:
     # -- answers -------------------------------------------------------------------------------------------
 
     async def start(self, requests: Sequence[StartRequest], sink: Sink) -> dict[str, MidstreamError]:
-        """New answers: returns when the server has taken or refused them. Answers that came: their KV is published,
-        and the
-        server begins; a failure is not theirs to have, they are computed from their ids."""
+        """New answers: returns when the server has taken or refused them. Answers that came: their KV is published and
+        the server begins; no failure of the pool or the server is theirs, they are computed from their ids."""
         errors: dict[str, MidstreamError] = {}
         fresh: list[tuple[str, _Running]] = []
         for request in requests:
@@ -266,6 +273,10 @@ class VllmEngine:
                 self.diverged += 1
                 log.warning("%s: the server wrote something else than before; going on from the ids", name)
                 running.answer.fall_back()
+            except (LookupError, TypeError, ValueError) as error:
+                why = f"vLLM sent what this gateway cannot read: {error!r}"
+                self._end(name, running, Final("engine_refused", why))
+                return
             except MidstreamError as error:
                 if running.answer.delivered > delivered:
                     outage = _Outage(self.settings)
@@ -389,8 +400,7 @@ class VllmEngine:
             running = self._running.pop(name, None)
             if running is None:
                 continue
-            if running.task is not None:
-                running.task.cancel()
+            _cancel(running)
             await self._unpin(running)
 
     async def reserve(self, n: int) -> list[int]:
@@ -425,6 +435,13 @@ class VllmEngine:
     def _block_tokens(self) -> int:
         assert self._info is not None and self._info.pool is not None
         return self._info.pool.block_tokens
+
+
+def _cancel(running: _Running) -> None:
+    if running.task is not None:
+        running.task.cancel()
+    if not running.taken:  # whoever started it waits for that
+        running.head.set_exception(Retryable("engine_lost", "the answer was given up before the server took it"))
 
 
 _METRIC = re.compile(

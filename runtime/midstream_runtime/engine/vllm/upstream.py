@@ -50,15 +50,21 @@ class Upstream:
         """The answer's JSON. Retryable("engine_lost") when the server is not there, Final("engine_refused") with the
         server's own words when it refuses."""
         body = b"" if data is None else json.dumps(data).encode()
-        async with asyncio.timeout(CALL_S), self.open(method, path, body) as response:
-            answer = await response.read()
-        if response.status != 200:
-            raise refused(response.status, answer)
+        answer = await self._call(method, path, body)
         return json.loads(answer)
 
     async def text(self, path: str) -> str:
-        async with asyncio.timeout(CALL_S), self.open("GET", path) as response:
-            return (await response.read()).decode("utf-8", "replace")
+        return (await self._call("GET", path)).decode("utf-8", "replace")
+
+    async def _call(self, method: str, path: str, body: bytes = b"") -> bytes:
+        try:
+            async with asyncio.timeout(CALL_S), self.open(method, path, body) as response:
+                answer = await response.read()
+        except TimeoutError as error:
+            raise Retryable("engine_lost", f"the vLLM server did not answer {path} within {CALL_S:g} s") from error
+        if response.status != 200:
+            raise refused(response.status, answer)
+        return answer
 
     @asynccontextmanager
     async def open(
@@ -79,6 +85,8 @@ class Upstream:
             if not isinstance(head, h11.Response):
                 raise Retryable("engine_lost", f"the vLLM server answered {head!r} instead of a response")
             yield Response(head.status_code, head.headers.raw_items(), _body(parser, reader))
+        except h11.LocalProtocolError as error:
+            raise Final("bad_request", f"the request cannot be passed on: {error}") from error
         except (OSError, h11.RemoteProtocolError) as error:
             raise Retryable("engine_lost", f"the vLLM server ended the connection: {error}") from error
         finally:
