@@ -142,7 +142,7 @@ class MidstreamConnector(KVConnectorBase_V1):
         usable = (request.num_tokens - 1) // self._size
         hashes = self._store.chain(request.all_token_ids[: usable * self._size])
         first = num_computed_tokens // self._size
-        found = self._store.hits(hashes) - first
+        found = self._store.hits(hashes[first:])
         if num_computed_tokens % self._size or found <= 0:
             return 0, False
         self._promised[request.request_id] = (first, hashes)
@@ -232,7 +232,9 @@ class MidstreamConnector(KVConnectorBase_V1):
             if load.slot < 0:
                 self._failed.add(load.block)
                 continue
-            for view, saved in zip(self._views, self._slot(load.slot), strict=True):
+            # To the device in one piece; the layers' blocks are strided.
+            whole = self._slot(load.slot).to(self._views[0].device)
+            for view, saved in zip(self._views, whole, strict=True):
                 geometry.in_slot_order(view[load.block]).copy_(saved)
             self._done.loaded.append(load.slot)
 
@@ -249,8 +251,8 @@ class MidstreamConnector(KVConnectorBase_V1):
             self._done.dropped += [save.slot for save in saves]
             return
         for save in saves:
-            for view, saved in zip(self._views, self._slot(save.slot), strict=True):
-                saved.copy_(geometry.in_slot_order(view[save.block]))
+            layers = [geometry.in_slot_order(view[save.block]) for view in self._views]
+            self._slot(save.slot).copy_(torch.stack(layers))
             self._done.saved.append(save.slot)
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:

@@ -1,6 +1,6 @@
 """Blocks of vLLM's KV cache in the pool, found by their hash. The only writer of the pool's index.
 
-    FREE --begin--> OPEN --seal--> SEALED --evicted, oldest use first--> FREE
+    FREE --begin--> OPEN --seal--> SEALED --evicted, from the ends of chains--> FREE
     FREE --reserve--> RESERVED (an agent writes) --publish--> SEALED
 
 A SEALED block stays as long as anybody has it pinned: an agent that reads it, a step of vLLM that loads it. Callers are
@@ -13,6 +13,7 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from midstream_runtime.contract.errors import Final, Retryable
 from midstream_runtime.contract.pool import ROOT_HASH, PoolLayout, block_hash
@@ -44,6 +45,9 @@ class BlockStore:
         """Sealed blocks, the one that was used last at the end."""
         self._hash_of: dict[int, bytes] = {}
         self._pins: Counter[int] = Counter()
+        self._parent: dict[int, bytes] = {}
+        self._children: Counter[bytes] = Counter()
+        """How many blocks here continue this one: without it nobody could find them."""
 
     # -- chains --------------------------------------------------------------------------------------------
 
@@ -159,18 +163,30 @@ class BlockStore:
             self.pool.release([slot])
             return False
         name = self.pool.seal(slot, parent, ids)
-        self._by_hash[name], self._hash_of[slot] = slot, name
+        self._by_hash[name], self._hash_of[slot], self._parent[slot] = slot, name, parent
+        self._children[parent] += 1
         return True
 
     def _make_room(self, count: int) -> bool:
+        """Evict the ends of chains, the one that was used longest ago first."""
         missing = count - self.pool.free_slots
-        if missing <= 0:
-            return True
-        victims = [slot for slot in self._by_hash.values() if slot not in self._pins][:missing]
-        if len(victims) < missing:
+        if missing > len(self._by_hash) - len(self._pins):
             return False
-        for slot in victims:
-            del self._by_hash[self._hash_of.pop(slot)]
-        self.pool.release(victims)
-        self.counts.evicted += len(victims)
+        while missing > 0:
+            ends = (s for name, s in self._by_hash.items() if not self._children[name] and s not in self._pins)
+            victims = list(islice(ends, missing))
+            if not victims:
+                return False
+            for slot in victims:
+                self._evict(slot)
+            missing -= len(victims)
         return True
+
+    def _evict(self, slot: int) -> None:
+        name, parent = self._hash_of.pop(slot), self._parent.pop(slot)
+        del self._by_hash[name]
+        self._children[parent] -= 1
+        if not self._children[parent]:
+            del self._children[parent]
+        self.pool.release([slot])
+        self.counts.evicted += 1
