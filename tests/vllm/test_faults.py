@@ -130,21 +130,12 @@ def test_the_pool_names_blocks_as_the_contract_does(servers: Servers) -> None:
     asyncio.run(run())
 
 
-@pytest.mark.parametrize(
-    ("extra", "options", "name"),
-    [
-        ({"pool_slot": 1}, [], "vllm_option"),
-        ({}, ["--kv-cache-dtype", "fp8"], "vllm_kv_layout"),
-    ],
-)
-def test_what_the_connector_cannot_serve_ends_the_start_by_name(
-    tiny_model: Path, tmp_path: Path, extra: dict[str, Any], options: list[str], name: str
-) -> None:
-    server = VllmServer(tiny_model, free_port(), tmp_path, options=options, extra=extra)
+def test_what_the_connector_cannot_serve_ends_the_start_by_name(tiny_model: Path, tmp_path: Path) -> None:
+    server = VllmServer(tiny_model, free_port(), tmp_path, extra={"pool_slot": 1})
     try:
         server.start()
         with pytest.raises(RuntimeError):
             server.wait()
-        assert name in server.log
+        assert "vllm_option" in server.log
     finally:
         server.kill()

@@ -189,6 +189,42 @@ def test_another_version_is_served_where_the_user_says_so(torch: ModuleType) -> 
     assert Options.of(config(allow_untested_vllm=True), "0.40.0").allow_untested_vllm
 
 
+class FullAttentionSpec(SimpleNamespace):
+    """Of vLLM's, what the connector reads."""
+
+
+class MambaSpec(FullAttentionSpec):
+    pass
+
+
+SPEC = {"block_size": 32, "num_kv_heads": 2, "head_size": 64, "dtype": "torch.bfloat16"}
+
+
+@pytest.mark.parametrize(
+    "specs",
+    [
+        [FullAttentionSpec(**SPEC), FullAttentionSpec(**SPEC)],
+        [MambaSpec(**SPEC)],
+        [FullAttentionSpec(**SPEC, sliding_window=128)],
+        [FullAttentionSpec(**{**SPEC, "dtype": "torch.float8_e4m3fn"})],
+        [FullAttentionSpec(**SPEC, head_size_v=32)],
+    ],
+    ids=["groups", "kind", "window", "dtype", "unequal"],
+)
+def test_a_cache_that_the_pool_cannot_hold_is_refused(torch: ModuleType, specs: list[FullAttentionSpec]) -> None:
+    from midstream_runtime.vllm_connector.geometry import layout_of
+
+    def groups(*specs: FullAttentionSpec) -> SimpleNamespace:
+        return SimpleNamespace(
+            kv_cache_groups=[SimpleNamespace(kv_cache_spec=s, layer_names=["0", "1", "2"]) for s in specs]
+        )
+
+    layout = layout_of(groups(FullAttentionSpec(**SPEC)), 8, "f" * 32)
+    assert (layout.layers, layout.block_tokens, layout.dtype) == (3, 32, "bfloat16")
+    with pytest.raises(Final, match="vllm_kv_layout"):
+        layout_of(groups(*specs), 8, "f" * 32)
+
+
 def test_weights_are_told_apart_by_their_files(torch: ModuleType, tmp_path: Path) -> None:
     from midstream_runtime.vllm_connector.geometry import weights_id
 
