@@ -12,7 +12,7 @@ PYTEST = $(DEV) -m pytest --junitxml=build/junit/$@.xml
 SETUP_DEMO := run build bpf net
 SETUP_TEST := dev build bpf net
 PRODUCT := operator/midstream_cli agent/midstream_agent runtime/midstream_runtime tests/testbed/midstream_testbed
-TEST_FOLDERS := unit unit/engine unit/gateway unit/handoff contract bpf csrc net e2e bench
+TEST_FOLDERS := unit unit/engine unit/gateway unit/handoff unit/kv contract bpf csrc net e2e bench
 C_FILES := csrc/src/*.[ch] csrc/include/*.h csrc/fuzz/*.c bpf/*.[ch] tests/bench/*.c
 
 .PHONY: help demo build test lint bench clean-testbed proto setup-demo setup-test wheel \
