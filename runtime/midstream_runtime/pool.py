@@ -209,7 +209,9 @@ class KvPool:
         """Index entry under its sequence lock: odd while it changes."""
         at = HEADER_BYTES + slot * ENTRY_BYTES
         (sequence,) = SEQUENCE.unpack_from(self._map, at)
-        changing, changed = (sequence + 1) & 0xFFFFFFFF, (sequence + 2) & 0xFFFFFFFF
+        # Odd even after a writer that died here and left it odd.
+        changing = (sequence + 1 | 1) & 0xFFFFFFFF
+        changed = (changing + 1) & 0xFFFFFFFF
         SEQUENCE.pack_into(self._map, at, changing)
         ENTRY.pack_into(self._map, at, changing, state, 0, filled, self._epoch[slot], name, digest)
         SEQUENCE.pack_into(self._map, at, changed)

@@ -210,11 +210,12 @@ class PoolView:
         """A sealed block and its entry; None when the slot holds none, or another one meanwhile, or is torn.
         `verify=False`, for tests: believe whatever is there."""
         try:
-            before, info = self._entry(slot)
+            before = self._entry(slot)
             data = bytes(self.slot(slot))
-            after, _ = self._entry(slot)
+            after = self._entry(slot)
         except TornEntry:
             return None
+        info = before[1]
         if not verify:
             return info, data
         if info.state != SlotState.SEALED or before != after or checksum(data) != info.checksum:
