@@ -26,7 +26,7 @@ from midstream_runtime.contract import handoff as pod
 from midstream_runtime.contract.errors import Final, MidstreamError
 
 from midstream_agent.handoff import HandoffClient
-from midstream_agent.kv import PoolView
+from midstream_agent.kv import Geometry, PoolView
 from midstream_agent.kv_send import Block, KvSender
 from midstream_agent.settings import Kv
 
@@ -107,6 +107,14 @@ def tail_choice(
     if bytes_per_s <= 0:
         return "recompute"
     return "move" if tail_bytes / bytes_per_s <= tail_tokens / prefill_tokens_per_s else "recompute"
+
+
+def why_not(ours: Geometry | None, theirs: str) -> str:
+    """The name of what keeps KV from being copied, empty when nothing does. `theirs`: the target's pool fingerprint,
+    which covers model, dtype, block size and shape. Tokens are replayed then."""
+    if ours is None or not theirs:
+        return "no_pool"
+    return "" if ours.fingerprint == theirs else "kv_fingerprint"
 
 
 class PreCopy:

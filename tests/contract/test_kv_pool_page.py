@@ -40,10 +40,11 @@ def test_tables_have_the_code_s_offsets(title: str, layout: struct.Struct) -> No
 def test_every_field_of_the_header_is_what_its_name_says() -> None:
     data = LAYOUT.pack()
     wanted = {
-        **{name: getattr(LAYOUT, name) for name in ("total_bytes", "index_offset", "data_offset", "slots", "slot_bytes")},
-        **{name: getattr(LAYOUT, name) for name in ("block_tokens", "layers", "kv_heads", "head_dim", "dtype")},
-        "magic": "MSKVPOOL", "version": pool.VERSION, "header_bytes": pool.HEADER_BYTES, "entry_bytes": pool.ENTRY_BYTES,
-        "reserved": 0, "hash_scheme": pool.HASH_SCHEME, "model_fingerprint": LAYOUT.model_fingerprint,
+        **{name: getattr(LAYOUT, name) for name in ("total_bytes", "index_offset", "data_offset", "slots")},
+        **{name: getattr(LAYOUT, name) for name in ("slot_bytes", "block_tokens", "layers", "kv_heads")},
+        **{name: getattr(LAYOUT, name) for name in ("head_dim", "dtype")},
+        "magic": "MSKVPOOL", "version": pool.VERSION, "header_bytes": pool.HEADER_BYTES, "reserved": 0,
+        "entry_bytes": pool.ENTRY_BYTES, "hash_scheme": pool.HASH_SCHEME, "model_fingerprint": LAYOUT.model_fingerprint,
         "pool_fingerprint": LAYOUT.fingerprint,
     }  # fmt: skip
     for at, size, name in table("Header"):
