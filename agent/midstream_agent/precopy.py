@@ -168,10 +168,14 @@ class PreCopy:
         named = shared = sent = failed = 0
         while blocks := await self._named(addresses):
             new = self._unsent(blocks)
-            have = await self._sender.offer(new) if new else set()
-            report = await self._sender.send([block for block in new if block.id not in have])
+            try:
+                have = await self._sender.offer(new) if new else set()
+                report = await self._sender.send([block for block in new if block.id not in have])
+            except MidstreamError:
+                self._forget([block.name for block in new])  # nobody knows which of them came
+                raise
+            self._forget([block.name for block in new if block.id in report.failed])
             await self._sender.settle()
-            self._forget_failed(new, report.failed)
             size = self._view.geometry.slot_bytes
             named += size * len(blocks)
             sent += report.bytes
@@ -243,12 +247,10 @@ class PreCopy:
                 new.append(block)
         return new
 
-    def _forget_failed(self, new: Sequence[Block], failed: dict[int, str]) -> None:
+    def _forget(self, names: Sequence[bytes]) -> None:
         """They are tried once more with the tail, and recomputed when that fails."""
-        for block in new:
-            if block.id in failed:
-                del self._ids[block.name]
-                log.warning("job %s: KV block %d was not copied: %s", self._job_id, block.id, failed[block.id])
+        for name in names:
+            del self._ids[name]
 
     def _block(self, entry: dict[str, Any]) -> Block:
         name = bytes.fromhex(entry.get("hash", ""))
