@@ -57,7 +57,9 @@ def test_an_answer_that_moves_at_any_token_is_the_same(torch: ModuleType, how: s
         state = source.pause(["a"])["a"]
         there = copied(replace(state, generated_ids=list(whole)), source.pool, target.pool, share=how == "shared")
         if how == "damaged":
-            target.pool.view.slot(there.kv[0].slot)[:] = bytes(target.pool.layout.slot_bytes)
+            first = there.kv[0].slot
+            assert first is not None
+            target.pool.view.slot(first)[:] = bytes(target.pool.layout.slot_bytes)
         name = f"after {len(whole)}"
         moved[name] = list(whole)
         target.add_state(name, there)

@@ -195,6 +195,7 @@ def test_streams_that_break_for_good_mean_replay_and_are_named(engines: Engines,
             await move.copy.round([LOOPBACK])
             move.server.forget(move.target.receiver)
             move.sender.interrupt()
+            await a.wait_for(1, 140)
             await move.rounds()
             assert move.copy.trouble is not None and move.copy.trouble.code == "kv_broken"
             await move.switch()
