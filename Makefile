@@ -11,11 +11,11 @@ PYTEST = $(DEV) -m pytest --junitxml=build/junit/$@.xml
 
 SETUP_DEMO := run build bpf net
 SETUP_TEST := dev build bpf net
-PRODUCT := operator/midstream_cli agent/midstream_agent runtime/midstream_runtime tests/testbed/midstream_testbed
-TEST_FOLDERS := unit unit/engine unit/gateway unit/handoff unit/kv contract bpf csrc net e2e bench
+PRODUCT := operator/midstream_cli operator/midstream_operator agent/midstream_agent runtime/midstream_runtime tests/testbed/midstream_testbed
+TEST_FOLDERS := unit unit/engine unit/gateway unit/handoff unit/kv unit/operator unit/spot contract bpf csrc net cluster e2e bench
 C_FILES := csrc/src/*.[ch] csrc/include/*.h csrc/fuzz/*.c bpf/*.[ch] tests/bench/*.c
 
-.PHONY: help demo build test lint bench clean-testbed proto setup-demo setup-test wheel \
+.PHONY: help demo build kube test lint bench clean-testbed proto setup-demo setup-test wheel \
 	test-unit test-contract test-csrc test-bpf test-net test-cluster test-e2e test-vllm test-gpu
 
 help: ## What there is
@@ -32,6 +32,9 @@ build: ## The C library, under build/csrc
 	@scripts/setup.sh build
 	@$(MAKE) -s -C csrc
 
+kube: ## The Kubernetes binaries of the tests, from their Go modules (5 minutes once)
+	@scripts/kube.sh
+
 setup-demo:
 	@scripts/setup.sh $(SETUP_DEMO)
 
@@ -42,6 +45,7 @@ test: ## All tests, each kind under its own time limit
 	@scripts/parts.sh test
 
 test-unit: setup-test build ## Without root's powers: pieces of the product
+	@scripts/setup.sh model
 	$(PYTEST) tests/unit
 
 test-contract: setup-test build ## Pairs that must agree: stubs, layouts, names, documents
@@ -56,11 +60,11 @@ test-bpf: setup-test build ## The BPF programs in the kernel
 	$(PYTEST) tests/bpf
 
 test-net: setup-test build ## Whole migrations on the testbed
-	@scripts/setup.sh clients
+	@scripts/setup.sh clients model
 	$(PYTEST) tests/net
 
-test-cluster: ## On a Kubernetes control plane (no tests yet)
-	@echo "test-cluster: there is no operator yet, so nothing to test"
+test-cluster: setup-test build kube ## On a Kubernetes control plane
+	$(PYTEST) tests/cluster
 
 test-e2e: setup-test build ## The demo's own entry point, and its controls
 	$(PYTEST) tests/e2e
@@ -75,12 +79,14 @@ bench: setup-test build ## All benchmarks; figures beside their goals, JSON unde
 	@scripts/setup.sh inspect
 	@scripts/parts.sh bench
 
-lint: ## ruff, mypy --strict, import-linter, clang-format
+lint: ## ruff, mypy --strict, import-linter, clang-format, helm lint
 	@scripts/setup.sh dev lint
 	$(DEV) -m ruff check
 	$(DEV) -m mypy $(PRODUCT) examples
 	@for folder in $(TEST_FOLDERS); do $(DEV) -m mypy tests/$$folder/*.py || exit 1; done
 	build/venv-dev/bin/lint-imports --no-cache
+	@scripts/kube.sh helm
+	@for values in tests/cluster/values/*.yaml; do build/kube/helm lint --strict --quiet charts/midstream -f $$values || exit 1; done
 	clang-format --dry-run -Werror $(C_FILES)
 
 proto: ## Generate the gRPC stubs again

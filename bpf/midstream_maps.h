@@ -12,6 +12,8 @@
  *   ms_flows    ms_flow_key         ms_flow_ctl        agent only
  *   ms_notes    ms_flow_key         ms_flow_note       BPF only (agent creates and deletes)
  *   ms_addrs    ms_addr_key         ms_addr_ctl        agent only
+ *   ms_births   ms_flow_key         ms_birth (u32)     BPF only (agent deletes)
+ *   ms_conf     0 (u32)             ms_conf            agent only
  *   ms_counters ms_reason (u32)     u64 per CPU        BPF only
  *
  * Two maps for a flow and not one: an update by the agent would overwrite a
@@ -26,9 +28,14 @@
  * A flow's states on one node and their one legal order:
  *
  *   source:  (none = LIVE) -> FROZEN -> HELD -> MOVED -> (none, after linger)
- *                 ^_____________|________|  rollback: thaw, entry deleted
- *   target:  (none) -> FROZEN -> HELD -> (none = LIVE)
- *                 ^_______|________|         discard: entry deleted with the sockets
+ *                 ^_____________|________|________|  rollback: thaw, entry deleted
+ *   target:  (none) -> HELD -> HERE -> (none = LIVE, once the address has settled)
+ *                 ^______|            discard: entry deleted with the sockets
+ *
+ * With switchover Wait the target goes from HELD to (none) at once: nothing is
+ * steered. MOVED says where packets go and not who owns the flow: until COMMIT
+ * is journalled the source may take it back, and the target's hold keeps what
+ * was sent there meanwhile from being acknowledged.
  *
  * Who drops what, at the pod's eth0 (hold = ingress, gate = egress):
  *
@@ -37,8 +44,8 @@
  *   FROZEN   absorbed in silence, noted             dropped
  *   HELD     absorbed, noted; answered with a       dropped (but for the
  *            zero window where RFC 9293 wants ACK   hold's own answers)
- *   MOVED    dropped (steered, once there is a      dropped
- *            tunnel: MS_CTL_STEER)
+ *   MOVED    dropped                                dropped
+ *   HERE     passes                                 passes
  *
  * A client's RST at exactly rcv_nxt marks the note MS_NOTE_RST: from then on
  * the flow is absorbed and never answered again, SYNs included.
@@ -48,7 +55,7 @@ enum ms_flow_state {
 	MS_FLOW_FROZEN = 1,
 	MS_FLOW_HELD = 2,
 	MS_FLOW_MOVED = 3,
-	MS_FLOW_NOT_HERE = 4, /* reserved for switchover Steer */
+	MS_FLOW_HERE = 4, /* live on this node, while its address is not or not surely here */
 };
 
 /* IPv4 addresses are v4-mapped (::ffff:a.b.c.d), whatever the socket's family. */
@@ -60,7 +67,6 @@ struct ms_flow_key {
 };
 
 #define MS_CTL_TIMESTAMPS (1u << 0) /* answers carry the timestamp option */
-#define MS_CTL_STEER (1u << 1)      /* reserved: MOVED goes to peer `peer` */
 
 struct ms_flow_ctl {
 	__u32 state;   /* enum ms_flow_state */
@@ -68,9 +74,9 @@ struct ms_flow_ctl {
 	__u32 snd_nxt; /* seq of the hold's answers: end of what was ever sent */
 	__u32 rcv_nxt; /* ack of the hold's answers: end of the dumped receive queue */
 	__u32 tsval;   /* TSval of the answers, frozen at the dumped value */
-	__u32 peer;    /* reserved for Steer: index of the tunnel peer */
-	__u32 epoch;
-	__u32 pad;
+	__u32 pad0;
+	__u32 pad1;
+	__u32 pad2;
 };
 
 #define MS_NOTE_DATA_MAX 2048
@@ -113,18 +119,73 @@ struct ms_flow_note {
 	__u8 data[MS_NOTE_DATA_MAX];
 };
 
-/* Addresses that are on their way: what a segment without a flow entry meets. */
-#define MS_ADDR_LEAVING 1 /* SYNs are dropped in silence (Wait) or steered (Steer) */
+/*
+ * Addresses that are on their way: what a packet meets that has no flow entry.
+ *
+ *   state     on      TCP without entry or birth    new connection (SYN)
+ *   LEAVING   source  is here                       dropped in silence, or with SYN_PEER
+ *                                                   to the peer, as all that follows it
+ *   ARRIVING  target  goes to the peer              to the peer, or with SYN_HERE here,
+ *                                                   as all that follows it
+ *   SETTLED   target  is here                       is here
+ *   GONE      source  goes to the peer              goes to the peer
+ *
+ * Their one legal order: LEAVING -> GONE -> (none), ARRIVING -> SETTLED ->
+ * (none); (none) at any time before the first COMMIT. "Goes to the peer" needs
+ * MS_ADDR_TUNNEL, without which it is "passes". What is not TCP, nor an ICMP
+ * error about TCP, belongs to the node that has the packet. What came out of
+ * the tunnel never goes into it again: no packet can circle.
+ *
+ * An address has one peer, so a flow needs none of its own.
+ */
+enum ms_addr_state {
+	MS_ADDR_LEAVING = 1,
+	MS_ADDR_ARRIVING = 2,
+	MS_ADDR_SETTLED = 3,
+	MS_ADDR_GONE = 4,
+};
+
+#define MS_ADDR_TUNNEL (1u << 0)   /* switchover Steer: vni, peer and pod are set */
+#define MS_ADDR_SYN_PEER (1u << 1) /* source: new connections are the peer's */
+#define MS_ADDR_SYN_HERE (1u << 2) /* target: new connections are ours */
+/*
+ * How packets *from* the address leave this node. Neither: as they would without
+ * us. Both: from the assign call until the path is proved, since nobody knows in
+ * which instant the network accepts them from where; duplicates are harmless.
+ */
+#define MS_ADDR_OUT_TUNNEL (1u << 3) /* through the tunnel, the peer emits them */
+#define MS_ADDR_OUT_DIRECT (1u << 4) /* by the NIC */
 
 struct ms_addr_key {
 	__u8 addr[16];
 };
 
 struct ms_addr_ctl {
-	__u32 state; /* MS_ADDR_* */
-	__u32 peer;  /* reserved for Steer */
+	__u32 state; /* enum ms_addr_state */
+	__u32 flags; /* MS_ADDR_* */
 	__u32 epoch;
-	__u32 pad;
+	__u32 vni;         /* of the tunnel, both ways; the two agents agree on it for each job */
+	__u8 peer[16];     /* the other node's end of the tunnel, v4-mapped */
+	__u32 pod_ifindex; /* host side of the pod's veth pair */
+	__u8 pod_mac[6];   /* the pod's side */
+	__u8 pad[2];
+};
+
+/* Connections made while their address was on its way; whose they are. */
+enum ms_birth {
+	MS_BORN_HERE = 1,
+	MS_BORN_PEER = 2,
+};
+
+/* What the programs must know of this node. */
+struct ms_conf {
+	__u32 nic_ifindex;    /* carries floating IPs */
+	__u32 tunnel_ifindex; /* VXLAN device, collect_md */
+	__be16 probe_port;    /* UDP to and from it is the agents' own */
+	__u8 nic_mac[6];
+	__u8 gateway_mac_v4[6]; /* next hop of the NIC; zero: none */
+	__u8 gateway_mac_v6[6];
+	__u8 pad[4];
 };
 
 /* Every drop and every answer has a reason here; index into ms_counters. */
@@ -145,7 +206,16 @@ enum ms_reason {
 	MS_R_BAD_CHECKSUM = 13, /* absorbed, as the stack would: neither noted nor answered */
 	MS_R_NOTE_MISSING = 14, /* held flow without a note entry: absorbed, not kept */
 	MS_R_SKEWED = 15,       /* ack beyond snd_nxt or seq far off: absorbed, not noted */
-	MS_R_MAX = 16,
+	MS_R_TUNNEL_OUT = 16,   /* went into the tunnel */
+	MS_R_TUNNEL_IN = 17,    /* came out of it, for a pod of this node */
+	MS_R_TUNNEL_EMIT = 18,  /* came out of it, emitted by the NIC for the peer */
+	MS_R_TUNNEL_PROBE = 19, /* a probe of the agents: their packet sockets have it already */
+	MS_R_TUNNEL_PEER = 20,  /* dropped: sender, VNI and address do not belong together */
+	MS_R_TUNNEL_LOOP = 21,  /* dropped: came out of the tunnel and is nobody's here */
+	MS_R_TUNNEL_FAILED = 22, /* dropped: no key, no room, no next hop */
+	MS_R_STEER_LOCAL = 23,  /* the host's own routing, handed to the pod */
+	MS_R_OUT_BOTH = 24,     /* a copy went into the tunnel, the packet by the NIC */
+	MS_R_MAX = 25,
 };
 
 /* Entries of ms_counters: room for reasons to come, so that an upgrade keeps the map. */
@@ -153,5 +223,7 @@ enum ms_reason {
 
 /* skb->mark of a packet that the hold itself made; the gate lets it out. */
 #define MS_MARK_ANSWER 0x4d530001u
+/* skb->mark of a packet that came out of the tunnel; within the host's namespace only. */
+#define MS_MARK_TUNNEL 0x4d530002u
 
 #endif /* MIDSTREAM_MAPS_H */

@@ -112,23 +112,31 @@ MS_INLINE int ms_gate(struct __sk_buff *skb, struct ms_pkt *p, const struct ms_f
 	return ms_pass(MS_R_GATE_PASS_ANSWER);
 }
 
-MS_INLINE int ms_work(struct __sk_buff *skb, int direction)
+/* `p` is the caller's memory: the stack has 512 bytes for everything. */
+MS_INLINE int ms_work_in(struct __sk_buff *skb, struct ms_pkt *p, int direction)
 {
 	struct ms_flow_ctl ctl;
-	struct ms_pkt p = {.egress = direction};
 
 #ifdef MS_WITHOUT_HOLD
 	return MS_PASS; /* the control of tests and demo: what happens without us */
 #endif
-	if (ms_parse_flow(skb, &p))
+	p->egress = direction;
+	if (ms_parse_flow(skb, p))
 		return ms_pass(MS_R_PASS_UNKNOWN);
-	if (ms_flow(&p.key, &ctl))
-		return direction == MS_INGRESS ? ms_stranger(skb, &p) : ms_pass(MS_R_PASS_UNKNOWN);
+	if (ms_flow(&p->key, &ctl))
+		return direction == MS_INGRESS ? ms_stranger(skb, p) : ms_pass(MS_R_PASS_UNKNOWN);
 	if (ctl.state == MS_FLOW_MOVED)
 		return ms_drop(MS_R_MOVED_DROP);
 	if (ctl.state != MS_FLOW_FROZEN && ctl.state != MS_FLOW_HELD)
 		return ms_pass(MS_R_PASS_UNKNOWN);
-	return direction == MS_INGRESS ? ms_absorb(skb, &p, &ctl) : ms_gate(skb, &p, &ctl);
+	return direction == MS_INGRESS ? ms_absorb(skb, p, &ctl) : ms_gate(skb, p, &ctl);
+}
+
+MS_INLINE int ms_work(struct __sk_buff *skb, int direction)
+{
+	struct ms_pkt p = {};
+
+	return ms_work_in(skb, &p, direction);
 }
 
 #endif

@@ -11,12 +11,15 @@
 #define MS_KERNEL_H
 
 #include <uapi/linux/bpf.h>
+#include <uapi/linux/icmp.h>
+#include <uapi/linux/icmpv6.h>
 #include <uapi/linux/if_ether.h>
 #include <uapi/linux/in.h>
 #include <uapi/linux/ip.h>
 #include <uapi/linux/ipv6.h>
 #include <uapi/linux/pkt_cls.h>
 #include <uapi/linux/tcp.h>
+#include <uapi/linux/udp.h>
 
 #include "midstream_maps.h"
 
@@ -42,6 +45,7 @@ _Static_assert(sizeof(struct ms_addr_key) == MS_SIZE_ADDR_KEY,
 	       "ms_addr_key: loader and header differ");
 _Static_assert(sizeof(struct ms_addr_ctl) == MS_SIZE_ADDR_CTL,
 	       "ms_addr_ctl: loader and header differ");
+_Static_assert(sizeof(struct ms_conf) == MS_SIZE_CONF, "ms_conf: loader and header differ");
 _Static_assert(MS_R_MAX <= MS_COUNTERS_MAX, "ms_counters has no room for every reason");
 
 /* Keeps clang from reasoning about `x` across this point: the verifier must see the check. */

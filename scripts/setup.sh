@@ -20,6 +20,7 @@ declare -A debian=(
   [sanitize]="clang-14 libclang-rt-14-dev llvm-14"
   [clients]="chromium nginx-light"
   [lint]="clang-format"
+  [model]="spin gcc libc6-dev"
 )
 
 missing=()

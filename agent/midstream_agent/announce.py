@@ -103,7 +103,7 @@ class Nic:
         self._port = settings.probe_port
         self._waiting: dict[bytes, asyncio.Event] = {}
         self._sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
-        _only_probe_answers(self._sock, self._port)
+        probe_filter(self._sock, self._port)
         self._sock.bind((name, 0x0003))  # ETH_P_ALL, behind the filter above
         self._sock.setblocking(False)
 
@@ -194,7 +194,7 @@ class Responder:
                 self.answered += 1
 
 
-def _only_probe_answers(sock: socket.socket, port: int) -> None:
+def probe_filter(sock: socket.socket, port: int) -> None:
     """Classic BPF: IPv4/IPv6 UDP to `port` only; client traffic never wakes the agent."""
     code = [
         (0x28, 0, 0, 12),  # ldh [12]: ethertype

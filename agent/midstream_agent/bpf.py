@@ -21,6 +21,7 @@ Buffer: TypeAlias = "ctypes.Array[ctypes.c_char]"
 MAP_TYPE_HASH = 1
 MAP_TYPE_PERCPU_ARRAY = 6
 MAP_TYPE_ARRAY = 2
+MAP_TYPE_LRU_HASH = 9
 
 ANY, NOEXIST, EXIST = 0, 1, 2
 F_NO_PREALLOC = 1

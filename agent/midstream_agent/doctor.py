@@ -16,7 +16,8 @@ def _finding(check: str, good: bool, message: str, remedy: str, severity: str = 
 
 async def examine(node: Node) -> list[pb.Finding]:
     """All checks of this node, in the order in which a migration would meet them."""
-    return [*capabilities(), await _holds(node), conntrack_loose(), *mptcp(), *_addresses(node)]
+    found = [*capabilities(), await _holds(node), conntrack_loose(), *mptcp(), *_addresses(node)]
+    return [*found, _tunnel(node), *_imds(node)]
 
 
 def capabilities(status: Path = Path("/proc/self/status")) -> list[pb.Finding]:
@@ -57,7 +58,23 @@ def mptcp(path: Path = Path("/proc/sys/net/mptcp/enabled")) -> list[pb.Finding]:
     return [_finding("mptcp", False, text, remedy, "warning")]
 
 
+def _imds(node: Node) -> list[pb.Finding]:
+    if not node.settings.imds.host:
+        return []
+    wrong = [f"{path}: {why}" for path, why in sorted(node.notices.health.items())]
+    text = "; ".join(wrong) or f"instance metadata of {node.notices.instance_id} is heard"
+    remedy = "the agent needs hostNetwork, or a hop limit of 2 (HttpPutResponseHopLimit); IMDS must be enabled"
+    return [_finding("imds", not wrong, text, remedy)]
+
+
 def _addresses(node: Node) -> list[pb.Finding]:
     nic = node.settings.nic
     both = bool(nic.gateway_v4 or nic.gateway_v6)
     return [_finding("nic", both, f"{nic.name} carries floating IPs", "give --nic-gateway-v4 or --nic-gateway-v6")]
+
+
+def _tunnel(node: Node) -> pb.Finding:
+    """Whether this node can steer at all; whether packets pass to another node is proved in each job's PREPARE."""
+    text = f"VXLAN tunnel on UDP port {node.settings.tunnel_port}: streams change nodes before their address does"
+    remedy = "a kernel with CONFIG_VXLAN; without it clients wait until the network has moved the address"
+    return _finding("tunnel", node.tunnel is not None, text, remedy, "warning")

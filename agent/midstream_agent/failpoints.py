@@ -5,8 +5,9 @@ Every step of the saga passes `point("<side>.<STEP>.<do|undo>.<before|after>")`.
     MIDSTREAM_FAILPOINTS="source.EXPORT.do.before=kill,target.RESTORE.do.after=error"
 
 Actions: `kill` (SIGKILL to this process), `error` (a retryable failure), `hang` (wait until cancelled),
-`delay:<ms>`. A failpoint fires once, unless its action ends in `*`. Before it acts it appends its name to
-the file $MIDSTREAM_FAILPOINT_LOG, so that a test can assert where it killed. Nothing is armed by default.
+`delay:<ms>`, `wait` (until the agent is armed again; then the same failpoint is passed anew, so that it can
+be armed with what shall come of it). A failpoint fires once, unless its action ends in `*`. Before it acts it appends
+its name to the file $MIDSTREAM_FAILPOINT_LOG, so that a test can assert where it killed. Nothing is armed by default.
 
 A running agent can be armed too: where $MIDSTREAM_FAILPOINT_FILE is set, each failpoint takes up what that file says
 and removes it.
@@ -20,6 +21,7 @@ import signal
 
 from midstream_runtime.contract.errors import Retryable
 
+WAIT_POLL_S = 0.005
 _armed: dict[str, str] = {}
 
 
@@ -27,8 +29,8 @@ def arm(spec: str) -> None:
     """Arm failpoints from a comma-separated list of name=action."""
     for item in filter(None, (part.strip() for part in spec.split(","))):
         name, _, action = item.partition("=")
-        if action.rstrip("*").split(":")[0] not in ("kill", "error", "hang", "delay"):
-            raise ValueError(f"failpoint {item!r}: the action must be kill, error, hang or delay:<ms>")
+        if action.rstrip("*").split(":")[0] not in ("kill", "error", "hang", "wait", "delay"):
+            raise ValueError(f"failpoint {item!r}: the action must be kill, error, hang, wait or delay:<ms>")
         _armed[name] = action
 
 
@@ -52,15 +54,21 @@ async def point(name: str) -> None:
         raise Retryable("failpoint", f"failpoint {name} made this step fail")
     if kind == "hang":
         await asyncio.Event().wait()
+    if kind == "wait":
+        while not _take_up_file():  # noqa: ASYNC110 - a test's file, which no event announces
+            await asyncio.sleep(WAIT_POLL_S)
+        return await point(name)
     await asyncio.sleep(float(value) / 1000)
 
 
-def _take_up_file() -> None:
+def _take_up_file() -> bool:
     path = os.environ.get("MIDSTREAM_FAILPOINT_FILE")
-    if path and os.path.exists(path):
-        with open(path, encoding="ascii") as f:
-            arm(f.read())
-        os.unlink(path)
+    if not path or not os.path.exists(path):
+        return False
+    with open(path, encoding="ascii") as f:
+        arm(f.read())
+    os.unlink(path)
+    return True
 
 
 def _log(name: str) -> None:

@@ -23,6 +23,7 @@ import struct
 import sys
 import threading
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 from midstream_runtime.contract.errors import Final, MidstreamError, Retryable
@@ -30,10 +31,14 @@ from midstream_runtime.contract.errors import Final, MidstreamError, Retryable
 from midstream_agent import hold_tc
 from midstream_agent.bpf import NOEXIST, Buffer, Map, ProgInfo, obj_get, prog_info
 from midstream_agent.hold_layout import (
+    ADDR_ARRIVING,
     ADDR_CTL,
     ADDR_LEAVING,
+    ADDR_TUNNEL,
+    CONF,
     FLOW_FROZEN,
     FLOW_HELD,
+    FLOW_HERE,
     FLOW_MOVED,
     KEY,
     MAPS,
@@ -42,7 +47,7 @@ from midstream_agent.hold_layout import (
     REASONS,
 )
 
-__all__ = ["ADDR_LEAVING", "FLOW_FROZEN", "FLOW_HELD", "FLOW_MOVED", "Hold"]
+__all__ = ["ADDR_LEAVING", "FLOW_FROZEN", "FLOW_HELD", "FLOW_HERE", "FLOW_MOVED", "AddrEntry", "Hold"]
 
 # From here on reading the whole map twice is sooner done than looking every key up twice (measured).
 SNAPSHOT_MIN = 300
@@ -50,6 +55,23 @@ SNAPSHOT_MIN = 300
 SCRATCH_MAX_BYTES = 1300 * NOTE.size
 # A note is written in about a microsecond; a reader that meets a writer this often meets a bug.
 READ_TRIES = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class AddrEntry:
+    """struct ms_addr_ctl; `peer` and what follows it only with ADDR_TUNNEL."""
+
+    state: int
+    flags: int = 0
+    vni: int = 0
+    peer: str = ""  # underlay address of the other node
+    pod_ifindex: int = 0
+    pod_mac: bytes = bytes(6)
+    epoch: int = 0
+
+    def pack(self) -> bytes:
+        peer = _address(self.peer) if self.peer else bytes(16)
+        return ADDR_CTL.pack(self.state, self.flags, self.epoch, self.vni, peer, self.pod_ifindex, self.pod_mac, b"")
 
 
 class Hold:
@@ -61,6 +83,8 @@ class Hold:
         self._flows = maps["ms_flows"]
         self._notes = maps["ms_notes"]
         self._addrs = maps["ms_addrs"]
+        self._births = maps["ms_births"]
+        self._conf = maps["ms_conf"]
         self._counters = maps["ms_counters"]
         self._progs = progs
         self._scratch_lock = threading.Lock()
@@ -174,11 +198,38 @@ class Hold:
     # -- addresses -------------------------------------------------------------------------------------
 
     def set_addr(self, ip: str, state: int, epoch: int = 0) -> None:
-        self._addrs.update(_address(ip), ADDR_CTL.pack(state, 0, epoch, 0))
+        self.put_addr(ip, AddrEntry(state, epoch=epoch))
+
+    def put_addr(self, ip: str, entry: AddrEntry) -> None:
+        self._addrs.update(_address(ip), entry.pack())
 
     def del_addr(self, ip: str) -> bool:
         """False if it was not there."""
         return self._addrs.delete(_address(ip))
+
+    def in_transit(self, ip: str) -> bool:
+        """Is the address on its way by the tunnel, in a stage in which flows may live on either node?"""
+        value = self._addrs.lookup(_address(ip))
+        if value is None:
+            return False
+        state, flags, *_ = ADDR_CTL.unpack(value)
+        return bool(flags & ADDR_TUNNEL) and state in (ADDR_LEAVING, ADDR_ARRIVING)
+
+    def end_births(self, ip: str) -> int:
+        """Forget the connections that were made while the address was on its way. Returns how many."""
+        wanted = _address(ip)
+        every = self._births.keys()
+        keys = [key for key in every if key[:16] == wanted]
+        return self._births.delete_many(b"".join(keys), len(keys)) if keys else 0
+
+    def configure(
+        self, *, nic_ifindex: int, tunnel_ifindex: int, probe_port: int, nic_mac: bytes,
+        gateway_mac_v4: bytes, gateway_mac_v6: bytes,
+    ) -> None:  # fmt: skip
+        """What the programs must know of this node; `tunnel_ifindex` 0: nothing is steered."""
+        port = struct.pack("!H", probe_port)
+        conf = CONF.pack(nic_ifindex, tunnel_ifindex, port, nic_mac, gateway_mac_v4, gateway_mac_v6, b"")
+        self._conf.update(struct.pack("=I", 0), conf)
 
     # -- what is there ---------------------------------------------------------------------------------
 

@@ -32,7 +32,9 @@ PRIORITIES = range(1, 17)
 ROLES: dict[str, tuple[tuple[str, int], ...]] = {
     # the gate first: a flow whose ingress is held while its egress is open could be answered twice
     "pod": (("ms_gate_egress", EGRESS), ("ms_hold_ingress", INGRESS)),
-    "nic": (("ms_nic_ingress", INGRESS),),
+    "nic": (("ms_nic_ingress", INGRESS), ("ms_nic_egress", EGRESS)),
+    "tunnel": (("ms_tunnel_ingress", INGRESS),),
+    "route": (("ms_route_egress", EGRESS),),
 }
 
 

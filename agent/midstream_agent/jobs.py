@@ -9,15 +9,15 @@ import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
-from midstream_runtime.contract.errors import Final, MidstreamError
+from midstream_runtime.contract.errors import Final, MidstreamError, Retryable
 
-from midstream_agent import saga, source, tcp
+from midstream_agent import batches, saga, source
 from midstream_agent.contract import agent_pb2 as pb
 from midstream_agent.journal import Journal, journals
 from midstream_agent.node import Node
-from midstream_agent.peer import PeerSession
-from midstream_agent.source import STEPS, Aborted, SourceJob
-from midstream_agent.target import fds_of
+from midstream_agent.source import Aborted, SourceJob
+from midstream_agent.steps import BATCH_STEPS, STEPS
+from midstream_agent.transit import Transit
 
 log = logging.getLogger(__name__)
 _JOB_ID = re.compile(r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$")
@@ -79,10 +79,6 @@ class SourceJobs:
     def _check(self, request: pb.MigrateRequest) -> None:
         if not _JOB_ID.match(request.job_id):
             raise Final("bad_job_id", f"job id {request.job_id!r}: use lower case letters, digits, '-' and '.'")
-        if request.switchover == pb.SWITCHOVER_STEER:
-            raise Final(
-                "no_steer", "switchover Steer needs the tunnel, which this version does not have: use Wait or Auto"
-            )
         self._node.check_epoch(f"pod:{request.pod.uid}", request.epoch)
         other = self._busy.get(request.pod.uid)
         if other:
@@ -94,7 +90,6 @@ class SourceJobs:
             phase=pb.PHASE_PENDING,
             source_node=self._node.settings.node,
             target_node=request.target_node.name,
-            switchover="Wait",
         )
         record = self.records[request.job_id] = Record(report)
         for job_id in [k for k, r in self.records.items() if r.ended][: -self._node.settings.limits.jobs_remembered]:
@@ -142,7 +137,8 @@ class SourceJobs:
         if record.ended or record.job is None:
             return False, f"job {job_id} has ended"
         if record.report.phase == pb.PHASE_COMMITTING:
-            return False, f"job {job_id} is past the point of no return: it goes on"
+            record.job.abort_asked = True
+            return False, f"job {job_id} is past the point of no return: it goes on, but begins no further batch"
         record.job.abort_asked = True
         return True, f"job {job_id} is being rolled back"
 
@@ -164,6 +160,8 @@ class SourceJobs:
             if journal.decided("RELEASED"):
                 journal.remove()
                 continue
+            if journal.facts.get("part_of"):
+                continue  # taken up with its job
             record = self._record(request)
             self._busy[request.pod.uid] = request.job_id
             self._node.tasks.start(f"recover {request.job_id}", self._recover(request, record, journal))
@@ -173,8 +171,9 @@ class SourceJobs:
         record.job = job
         log.info("job %s: taken up after a restart of the agent", request.job_id)
         try:
-            await self._take_up(job)
+            await self._take_up_until_done(job)
             if journal.decided("COMMIT"):
+                await self._recover_batches(job)
                 await saga.roll_forward(STEPS, job, job.clock)
                 _through(job)
             else:
@@ -188,39 +187,62 @@ class SourceJobs:
         finally:
             self._end(job, record)
 
+    async def _recover_batches(self, job: SourceJob) -> None:
+        """Further batches that were under way: each back or forward by its own journal."""
+        for path in journals(self._node.journal_folder, "source"):
+            journal = Journal.load(path)
+            if journal.facts.get("part_of") != job.request.job_id:
+                journal.close()
+                continue
+            request = pb.MigrateRequest.FromString(bytes.fromhex(journal.facts["request"]))
+            batch = batches.child(job, request, journal)
+            await batches.take_up(batch, job)
+            if journal.decided("COMMIT"):
+                await saga.roll_forward(BATCH_STEPS, batch, batch.clock)
+                batches.add_report(job, batch, "lost" if batch.lost else "moved", batch.lost)
+            else:
+                await saga.roll_back(tuple(s for s in BATCH_STEPS if journal.began(s.name)), batch, batch.clock)
+            job.moved_keys += batch.moved_keys
+            batch.close()
+            journal.remove()
+
+    async def _take_up_until_done(self, job: SourceJob) -> None:
+        """A pod that is too busy to answer is asked again: given up here, its streams would stay held for ever."""
+        timeouts = self._node.settings.timeouts
+        pause_s = timeouts.retry_s
+        while True:
+            try:
+                return await self._take_up(job)
+            except (Retryable, OSError) as e:
+                log.warning("job %s: not taken up yet: %s", job.request.job_id, e)
+                job.note("CONNECT", "retry", f"take up: {e}")
+                job.close()
+                await asyncio.sleep(pause_s)
+                pause_s = min(pause_s * 2, timeouts.retry_max_s)
+
     async def _take_up(self, job: SourceJob) -> None:
         """Bring back what the dead process held: pod, fds, peer, addresses."""
-        settings, request = job.node.settings, job.request
         await source.connect_pod(job)
-        sent = job.journal.decided("SENT")
-        job.peer = PeerSession(
-            settings,
-            request.target_node.name,
-            request.target_node.endpoint,
-            request.job_id,
-            request.epoch,
-            job.node.boot_id,
-        )
-        job.peer.was_boot_id = str(sent["boot_id"]) if sent else ""
-        job.discarded = sent is None
-        _, handoff = job.live_pod()
-        if job.journal.began("PAUSE"):
-            job.fds = await fds_of(handoff, request.job_id)
-            job.keys = tcp.flow_keys(job.fds)
+        await batches.take_up_sockets(job)
         plan = job.journal.decided("PLAN")
-        job.addresses = plan["addresses"] if plan else list(request.addresses)
+        job.addresses = plan["addresses"] if plan else list(job.request.addresses)
         target = job.journal.decided("TARGET")
         job.target_addresses = target["addresses"] if target else []
         commit = job.journal.decided("COMMIT")
         if commit:
-            job.keys, job.addresses = commit["keys"], commit["addresses"]
-        job.moving = job.journal.began("SEND")
+            job.addresses = commit["addresses"]
+        steer = job.journal.decided("STEER")
+        if steer and not job.journal.decided("WAIT"):
+            at, _ = job.live_pod()
+            job.transit = Transit(self._node, at, job.addresses, steer["peer"], steer["vni"])
+            job.report.switchover = "Steer"
+        job.moving = job.transit is None and job.journal.began("SEND")
 
 
 def _through(job: SourceJob) -> None:
     """All steps are done; the point of no return was passed."""
-    if job.lost is not None:
-        _failed(job, job.lost)
+    if job.lost is not None or job.failed is not None:
+        _failed(job, job.lost or job.failed or Final("internal", "no reason was kept"))
     else:
         _succeeded(job)
 

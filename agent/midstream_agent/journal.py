@@ -7,7 +7,7 @@ has to reach the kernel, which keeps it when this process is killed; nothing wai
 One JSON object a line, written with one write(2). `intent` and `done` lines tell how far a step came; `decision`
 lines are the ones that docs/architecture.md rules by, and come before the act they announce:
 
-    source: SENT, then COMMIT or ABORT, then RELEASED
+    source: SENT, then COMMIT or ABORT, then RELEASED; each batch of a job has a journal of its own
     target: RESTORED, then ACTIVATED or DISCARDED
 """
 

@@ -237,10 +237,10 @@ class KvServer:
 
     def _accept(self) -> None:
         while not self._closed:
+            self._end_slow_greetings()
             try:
                 sock, address = self._listener.accept()
             except TimeoutError:
-                self._end_slow_greetings()
                 continue
             except OSError as e:
                 if not self._closed:

@@ -96,7 +96,7 @@ class KvTarget:
         return slots[: len(hashes)]
 
     async def _provide(self, wanted: int) -> None:
-        """Reserve until so many slots are free here; less and less when the pool is full. A pod of version 1 is asked
+        """Reserve until so many slots are free here; less and less when the pool is full. An older pod is asked
         once: a second `reserve` would take the first back."""
         if not self._shares and self._spare_given:
             return

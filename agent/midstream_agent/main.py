@@ -19,7 +19,7 @@ from midstream_runtime.contract.errors import MidstreamError
 
 from midstream_agent.node import Node
 from midstream_agent.server import serve
-from midstream_agent.settings import Nic, Settings, Timeouts, TlsFiles
+from midstream_agent.settings import ImdsSettings, Limits, Nic, Settings, Timeouts, TlsFiles
 
 
 def parse(argv: list[str] | None = None) -> Settings:
@@ -38,11 +38,16 @@ def parse(argv: list[str] | None = None) -> Settings:
     add("--nic-gateway-v4", default="")
     add("--nic-gateway-v6", default="")
     add("--mtu", type=int, default=9001)
+    add("--imds-host", default="", help="EC2's instance metadata, 169.254.169.254; without it no notice is heard here")
+    add("--imds-port", type=int, default=80)
     add("--boot-id", default="", help="override the kernel's boot id (tests)")
     add("--moved-linger-s", type=float, default=Timeouts().moved_linger_s)
     add("--accept-settle-ms", type=int, default=Timeouts().accept_settle_ms)
     add("--address-confirm-s", type=float, default=Timeouts().address_confirm_s)
     add("--peer-reply-s", type=float, default=Timeouts().peer_reply_s)
+    add("--tunnel-port", type=int, default=Settings.__dataclass_fields__["tunnel_port"].default, help="UDP, for Steer")
+    add("--batch-streams", type=int, default=Limits().batch_streams, help="streams that are held and moved together")
+    add("--parallel-batches", type=int, default=Limits().parallel_batches)
     args = parser.parse_args(argv)
     return Settings(
         node=args.node,
@@ -54,6 +59,9 @@ def parse(argv: list[str] | None = None) -> Settings:
         cgroup_root=args.cgroup_root,
         nic=Nic(args.nic, args.nic_gateway_v4, args.nic_gateway_v6, args.mtu),
         boot_id=args.boot_id,
+        tunnel_port=args.tunnel_port,
+        limits=Limits(batch_streams=args.batch_streams, parallel_batches=args.parallel_batches),
+        imds=ImdsSettings(args.imds_host, args.imds_port),
         timeouts=Timeouts(
             moved_linger_s=args.moved_linger_s,
             accept_settle_ms=args.accept_settle_ms,

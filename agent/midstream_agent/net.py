@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import ipaddress
 import os
 import socket
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from midstream_runtime.contract.errors import Final
-from pyroute2 import IPRoute
+from pyroute2 import DiagSocket, IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from midstream_agent import netns
@@ -34,6 +35,8 @@ from midstream_agent.settings import Settings
 P = ParamSpec("P")
 T = TypeVar("T")
 NUD_NONE, NTF_USE = 0x00, 0x01
+TABLE_MAIN, TABLE_LOCAL, RTN_LOCAL = 254, 255, 2  # linux/rtnetlink.h
+TCP_SYN_RECV = 3  # linux/tcp_states.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,7 @@ class Link:
     index: int
     name: str
     mac: str
+    pod_mac: str = ""
 
 
 class NetWorker:
@@ -134,11 +138,12 @@ class NetWorker:
         with netns.inside(pod_netns):
             try:
                 with IPRoute() as pod:
-                    peer = pod.get_links(ifname="eth0")[0].get_attr("IFLA_LINK")
+                    eth0 = pod.get_links(ifname="eth0")[0]
+                    peer = eth0.get_attr("IFLA_LINK")
             except (NetlinkError, IndexError) as e:
                 raise Final("no_pod_interface", "the pod has no eth0: a hostNetwork pod cannot be migrated") from e
         link = self.host.get_links(peer)[0]
-        return Link(peer, link.get_attr("IFLA_IFNAME"), link.get_attr("IFLA_ADDRESS"))
+        return Link(peer, link.get_attr("IFLA_IFNAME"), link.get_attr("IFLA_ADDRESS"), eth0.get_attr("IFLA_ADDRESS"))
 
     def add_pod_address(self, pod_netns: int, address: str) -> bool:
         """Put the floating IP on the pod's eth0; returns False when it was there."""
@@ -159,6 +164,16 @@ class NetWorker:
             index = pod.link_lookup(ifname="eth0")[0]
             entries = pod.get_addr(index=index, scope=0)
             return [str(e.get_attr("IFA_ADDRESS")) for e in entries]
+
+    def handshakes(self, pod_netns: int, addresses: list[str]) -> int:
+        """Connections to these addresses whose SYN was answered and whose client has not said anything since."""
+        wanted = {_plain(a) for a in addresses}
+        count = 0
+        with netns.inside(pod_netns), DiagSocket() as diag:
+            for family in (socket.AF_INET, socket.AF_INET6):
+                found = diag.get_sock_stats(family=family, states=1 << TCP_SYN_RECV)
+                count += sum(_plain(s["idiag_src"]) in wanted for s in found)
+        return count
 
     def add_rules(self, address: str) -> None:
         for args in self._rules(address):
@@ -188,6 +203,34 @@ class NetWorker:
                 if (dst := route.get_attr("RTA_DST")) in ours:
                     found[str(dst)] = int(route.get_attr("RTA_OIF"))
         return found
+
+    def check_free(self, address: str, link_index: int) -> None:
+        """Refuse an address that leads elsewhere on this node: its route would be replaced, and who had it cut off."""
+        for route in self.host.get_routes(family=netns.family_of(address)):
+            if route.get_attr("RTA_DST") != address or route["dst_len"] != _bits(address):
+                continue
+            index, table = route.get_attr("RTA_OIF"), route.get_attr("RTA_TABLE")
+            if table == TABLE_LOCAL and route["type"] == RTN_LOCAL:
+                raise Final(
+                    "address_taken",
+                    f"{address} is this node's own, on {_name(index)}: whatever configures the NIC must leave it alone",
+                )
+            if table == TABLE_MAIN and index != link_index:
+                raise Final("address_taken", f"{address} is routed to {_name(index)} of this node: free it first")
+
+
+def _name(ifindex: int | None) -> str:
+    """Of an interface that may go away at any time; a blackhole route has none."""
+    try:
+        return socket.if_indextoname(ifindex or 0)
+    except OSError:
+        return f"interface {ifindex}" if ifindex else "nowhere"
+
+
+def _plain(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """An IPv4 address as such, also where a socket of IPv6 has it mapped."""
+    ip = ipaddress.ip_address(address)
+    return getattr(ip, "ipv4_mapped", None) or ip
 
 
 def _bits(address: str) -> int:

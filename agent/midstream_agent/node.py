@@ -8,21 +8,25 @@ import json
 import logging
 import os
 import struct
+import time
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from midstream_runtime.contract.errors import Final
+from pyroute2.netlink.exceptions import NetlinkError
 
 from midstream_agent import conntrack, journal
 from midstream_agent.announce import Gateway, Nic, Responder, resolve
 from midstream_agent.hold import Hold
 from midstream_agent.inject import Injector
 from midstream_agent.net import Link, NetWorker
+from midstream_agent.notices import Board, watch
 from midstream_agent.pods import Pod, find_pod
 from midstream_agent.routes import RouteSocket
 from midstream_agent.settings import Settings
+from midstream_agent.tunnel import Tunnel
 
 log = logging.getLogger(__name__)
 CTL = struct.Struct("=8I")  # struct ms_flow_ctl
@@ -76,8 +80,12 @@ class Node:
     injector: Injector
     routes: RouteSocket
     responders: list[Responder]
+    tunnel: Tunnel | None
+    """None: this kernel has no VXLAN, so addresses move by switchover Wait."""
     tasks: Tasks = field(default_factory=Tasks)
-    linger: dict[bytes, asyncio.Task[None]] = field(default_factory=dict)
+    linger: dict[tuple[str, ...], tuple[bytes, asyncio.Task[None]]] = field(default_factory=dict)
+    """By addresses: entries that stay for late packets after a job, and what ends them."""
+    notices: Board = field(default_factory=Board)
     _epochs: dict[str, int] = field(default_factory=dict)
 
     @classmethod
@@ -91,20 +99,35 @@ class Node:
         injector = await net.run(lambda: Injector.create(net.host, settings.nic.mtu_bytes))
         mac = await net.run(net.mac_of, nic_index)
         nic = Nic(settings.nic.name, mac, await _gateway(net, nic_index, settings), settings)
+        tunnel = await _make_tunnel(net, hold, settings)
+        hold.configure(
+            nic_ifindex=nic_index,
+            tunnel_ifindex=tunnel.index if tunnel else 0,
+            probe_port=settings.probe_port,
+            nic_mac=nic.mac,
+            gateway_mac_v4=nic.gateway.mac_v4 or bytes(6),
+            gateway_mac_v6=nic.gateway.mac_v6 or bytes(6),
+        )
         responders = [
             Responder(a, settings.probe_port, await net.run(net.interface_of, a)) for a in settings.node_addresses
         ]
-        node = cls(settings, boot_id, net, hold, nic, injector, RouteSocket(), responders)
+        node = cls(settings, boot_id, net, hold, nic, injector, RouteSocket(), responders, tunnel)
         node._load_epochs()
         nic.start()
+        if tunnel is not None:
+            tunnel.start()
         for responder in responders:
             responder.start()
+        if settings.imds.host:
+            node.tasks.start("imds", watch(settings.imds, node.notices))
         return node
 
     async def stop(self) -> None:
         """Leave holds standing: they are pinned in the kernel and outlive this process."""
         await self.tasks.stop()
         self.nic.close()
+        if self.tunnel is not None:
+            self.tunnel.close()
         for responder in self.responders:
             responder.close()
         self.injector.close()
@@ -128,16 +151,34 @@ class Node:
 
     async def plumb(self, at: Attached, address: str, route: bool) -> bool:
         """Bring a floating IP to a pod; without `route` no packet of this host goes there yet."""
+        await self.net.run(self.net.check_free, address, at.link.index)
         added = await self.net.run(self.net.add_pod_address, at.pod.netns_fd, address)
         await self.net.run(self.net.add_rules, address)
         if route:
             self.routes.add(address, at.link.index)
         return added
 
+    async def settle_handshakes(self, at: Attached, addresses: list[str]) -> int:
+        """Wait until no connection to addresses that let no SYN in any more is half made: its client may take it for
+        made already, and a node to which it did not move would reset it. Returns how many still are."""
+        timeouts = self.settings.timeouts
+        end = time.monotonic() + timeouts.handshake_s
+        while True:
+            await asyncio.sleep(timeouts.accept_settle_ms / 1000)
+            left = await self.net.run(self.net.handshakes, at.pod.netns_fd, addresses)
+            if not left or time.monotonic() > end:
+                return left
+
     async def unplumb(self, at: Attached, address: str) -> None:
-        self.routes.delete(address, at.link.index)
+        self.unroute(at, address)
         await self.net.run(self.net.del_rules, address)
         await self.net.run(self.net.del_pod_address, at.pod.netns_fd, address)
+
+    def unroute(self, at: Attached, address: str) -> None:
+        """The host's route to the address, whether it leads to the pod or to our device."""
+        self.routes.delete(address, at.link.index)
+        if self.tunnel is not None:
+            self.routes.delete(address, self.tunnel.routed_index)
 
     def forget_conntrack(self, keys: bytes) -> None:
         if keys:
@@ -148,31 +189,37 @@ class Node:
         count = len(keys) // conntrack.KEY.size
         self.hold.set_flows(keys, CTL.pack(state, 0, 0, 0, 0, 0, 0, 0) * count, count)
 
-    # -- entries of flows that have left -------------------------------------------------------------
+    # -- entries of flows that have left, of addresses that have come ---------------------------------
 
     def linger_moved(self, keys: bytes, addresses: list[str]) -> None:
-        """Drop MOVED entries once late packets can no longer come."""
-        self.linger[keys] = self.tasks.start("linger", self._linger(keys, addresses))
+        """Drop entries of flows and addresses once late packets can no longer come."""
+        name = tuple(addresses)
+        self.linger[name] = keys, self.tasks.start("linger", self._linger(name))
 
-    async def _linger(self, keys: bytes, addresses: list[str]) -> None:
+    async def _linger(self, name: tuple[str, ...]) -> None:
         await asyncio.sleep(self.settings.timeouts.moved_linger_s)
-        self._drop_moved(keys, addresses)
+        self._drop_moved(name)
 
-    def _drop_moved(self, keys: bytes, addresses: list[str]) -> None:
-        self.linger.pop(keys, None)
+    def _drop_moved(self, name: tuple[str, ...]) -> None:
+        keys, _ = self.linger.pop(name)
         self.hold.delete_flows(keys, len(keys) // conntrack.KEY.size)
-        for address in addresses:
+        for address in name:
             self.hold.del_addr(address)
+            self.hold.end_births(address)
 
     def address_comes_back(self, addresses: list[str]) -> None:
-        """An address returns within the linger time: its old entries must not meet the new flows."""
-        wanted = {_mapped(a) for a in addresses}
-        for keys, task in list(self.linger.items()):
-            if keys[:16] in wanted:
+        """A job takes up these addresses within a linger time: old entries must not meet the new flows."""
+        for name, (_, task) in list(self.linger.items()):
+            if set(name) & set(addresses):
                 task.cancel()
-                self._drop_moved(keys, addresses)
+                self._drop_moved(name)
         for address in addresses:
             self.hold.del_addr(address)
+
+    def flows_of(self, addresses: list[str]) -> bytes:
+        """Keys of all entries of these addresses. Walks through the map: not while clients wait."""
+        wanted = {_mapped(a) for a in addresses}
+        return b"".join(k for k in self.hold.flow_keys() if k[:16] in wanted)
 
     # -- epochs ----------------------------------------------------------------------------------------
 
@@ -211,6 +258,16 @@ def _check_capabilities() -> None:
         raise Final(
             "no_capability", f"the agent lacks {', '.join(missing)}: add them to its container's securityContext"
         )
+
+
+async def _make_tunnel(net: NetWorker, hold: Hold, settings: Settings) -> Tunnel | None:
+    try:
+        return await net.run(
+            lambda: Tunnel.create(net.host, settings, lambda name, role: hold.attach(None, name, role))
+        )
+    except (NetlinkError, OSError) as e:
+        log.warning("no tunnel on this node (%s): addresses move by switchover Wait", e)
+        return None
 
 
 async def _gateway(net: NetWorker, index: int, settings: Settings) -> Gateway:

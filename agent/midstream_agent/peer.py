@@ -1,5 +1,7 @@
 """The session between two agents: one a job, opened by the source before anything is frozen.
 
+A job's further batches are jobs of their own, which may use one session in turn: each begins with a hello.
+
 Strictly one request, one reply. A broken session is not a decision: the source opens another one and says
 again what it had to say; requests are idempotent at the target by job and by what its journal holds.
 """
@@ -84,6 +86,15 @@ class PeerSession:
             )
         self.boot_id = hello.boot_id
         self.was_boot_id = self.was_boot_id or hello.boot_id
+
+    async def rename(self, job_id: str) -> None:
+        """Use this session for another job; opens it again if it is broken."""
+        self._hello.job_id = job_id
+        if self._call is None:
+            return await self.open()
+        await self._drain(None)
+        await self.post(pb.PeerRequest(hello=self._hello))
+        await self.answer(self._settings.timeouts.peer_connect_s)
 
     @property
     def rebooted(self) -> bool:
@@ -195,6 +206,9 @@ class PeerService(rpc.PeerServicer):
                 try:
                     if request.WhichOneof("body") == "hello":
                         _check_caller(context, request.hello)
+                        if handler is not None:
+                            handler.session_ended()
+                            handler = None
                         handler = await self._greet(request.hello, reply)
                     elif handler is None:
                         raise Final("peer_protocol", "a session begins with hello")

@@ -10,8 +10,8 @@ It converges when KV is made more slowly than the network takes it (`Progress`);
 than the copy, streams are moved without KV and their tokens replayed: KV is dropped before a connection is.
 
 Blocks are known by their hash. Streams with the same beginning have the same hashes for it, and these are sent once;
-those that the target's pool has already are not sent at all. A pod of handoff version 1 cannot name blocks of streams
-that go on: there are no rounds then, and all of its KV is tail.
+those that the target's pool has already are not sent at all. A pod that speaks an older handoff cannot name blocks of
+streams that go on: there are no rounds then, and all of its KV is tail.
 """
 
 from __future__ import annotations

@@ -2,14 +2,17 @@
 
     step          do (source.py)                                     undo
     CONNECT       pod, handoff, peer session                         close them
-    PREPARE       hold attached, SYNs silenced, accept queue empty,  let SYNs in again
-                  target has blanks, KV slots, the address plumbed
+    PREPARE       hold attached, tunnel proved, SYNs silenced,       let SYNs in again
+                  accept queue empty; target has blanks, KV slots,
+                  the address plumbed
     PAUSE         gateway stops at a token boundary, hands fds over  gateway goes on
     HOLD          gate shut, hold absorbs in silence                 entries deleted
     EXPORT        checkpoint; the hold answers zero window           thaw
     SEND          journal SENT; checkpoint + state + KV; restored    target discards, confirmed
-    MOVE_ADDRESS  route off, target announces, path proved           address back, proved
+    MOVE_ADDRESS  (Wait) route off, target announces, path proved    address back, proved
     COMMIT        journal COMMIT; sent until ACTIVATED               -- never: roll forward
+    BATCHES       (Steer) PAUSE .. COMMIT of all further streams     -- never; each batch by itself as above
+    FOLLOW        (Steer) the address moves to the target, proved    -- never
     RELEASE       sockets closed in repair; conntrack, address gone  -- never
 
 Before each `do` and `undo` its intent is journalled, and a named failpoint stands before and after each. A
@@ -47,13 +50,18 @@ C = TypeVar("C", bound=Context)
 log = logging.getLogger(__name__)
 
 
+def _always(_: object) -> bool:
+    return True
+
+
 @dataclass(frozen=True, slots=True)
 class Step(Generic[C]):
-    """One step. `undo` None: there is no way back from here on."""
+    """One step. `undo` None: there is no way back from here on. `when`: jobs that have this step."""
 
     name: str
     do: Callable[[C], Awaitable[None]]
     undo: Callable[[C], Awaitable[None]] | None
+    when: Callable[[C], bool] = _always
 
 
 @dataclass(slots=True)
@@ -70,6 +78,10 @@ class Clock:
 
     began: float = field(default_factory=time.monotonic)
     steps: list[Timing] = field(default_factory=list)
+
+    def fork(self) -> Clock:
+        """The same time, with steps of its own."""
+        return Clock(self.began)
 
     def now_ms(self) -> float:
         return (time.monotonic() - self.began) * 1000
@@ -90,6 +102,8 @@ class Failed(Exception):
 async def run(steps: tuple[Step[C], ...], ctx: C, clock: Clock) -> None:
     """Run all steps, or raise Failed after having undone those that were begun."""
     for i, step in enumerate(steps):
+        if not step.when(ctx):
+            continue
         if step.undo is None:
             await _forward(step, ctx, clock)
             continue
@@ -115,7 +129,7 @@ async def roll_back(steps: tuple[Step[C], ...], ctx: C, clock: Clock) -> None:
     """Undo in reverse, each until it passes: a half-undone job would keep clients held."""
     ctx.journal.decide("ABORT")
     for step in reversed(steps):
-        if step.undo is None:
+        if step.undo is None or not step.when(ctx):
             continue
         try:
             await _until_done(step, "undo", step.undo, ctx, clock)
@@ -128,7 +142,7 @@ async def roll_back(steps: tuple[Step[C], ...], ctx: C, clock: Clock) -> None:
 async def roll_forward(steps: tuple[Step[C], ...], ctx: C, clock: Clock) -> None:
     """The steps from the point of no return on, after a restart of the agent."""
     for step in steps:
-        if step.undo is None:
+        if step.undo is None and step.when(ctx):
             await _forward(step, ctx, clock)
 
 

@@ -13,10 +13,11 @@ from midstream_agent.contract import agent_pb2 as pb
 from midstream_agent.contract import agent_pb2_grpc as rpc
 from midstream_agent.jobs import SourceJobs
 from midstream_agent.node import Node
+from midstream_agent.notices import NoticesMixin
 from midstream_agent.target import TargetJobs
 
 
-class AgentService(rpc.AgentServicer):
+class AgentService(NoticesMixin, rpc.AgentServicer):
     """What the operator may ask. Errors end the call with their code in the details: `code: message`."""
 
     def __init__(self, node: Node, jobs: SourceJobs) -> None:

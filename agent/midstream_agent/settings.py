@@ -38,11 +38,15 @@ class Timeouts:
     peer_connect_s: float = 5.0
     peer_reply_s: float = 15.0  # one reply before the point of no return; then: roll back
     accept_settle_ms: int = 50  # one round trip of a far client: its SYN-ACK's answer arrives
+    handshake_s: float = 4.0  # SYN-ACKs are repeated after 1 and 3 s; who is still silent then has gone
     address_confirm_s: float = 20.0  # EC2 moves an address in seconds; afterwards move it back
     probe_interval_ms: float = 0.25  # first probe of the path; doubles up to the next line
     probe_interval_max_ms: float = 50.0
     retry_s: float = 0.2  # between two tries of what must succeed (COMMIT, DISCARD)
     retry_max_s: float = 2.0
+    tunnel_probe_s: float = 1.0  # a round trip between two nodes, several times over
+    remaining_poll_s: float = 0.2  # streams that finish at the source: how often they are counted
+    orphan_linger_s: float = 120.0  # address here, its former node silent: its streams are over by then
     moved_linger_s: float = 60.0  # late packets of a moved flow must not reach the old listener
     stop_s: float = 5.0
 
@@ -74,9 +78,24 @@ class Limits:
     """Bounds on what a pod or a peer may make this agent hold in memory."""
 
     streams_per_job: int = 20_000
+    batch_streams: int = 128  # a client waits for its batch: about 20 ms for so many
+    parallel_batches: int = 2  # one is restored while the next is frozen
     kv_chunk_bytes: int = 1 << 20  # a gRPC message of this size costs no copy more than larger ones
     message_bytes: int = 256 << 20
     jobs_remembered: int = 64
+
+
+@dataclass(frozen=True, slots=True)
+class ImdsSettings:
+    """EC2's instance metadata. Seconds, unless the name says otherwise."""
+
+    host: str = ""  # 169.254.169.254 on EC2; empty: nobody is asked
+    port: int = 80
+    timeout_s: float = 2.0  # IMDS answers in milliseconds, or the hop limit is in the way
+    poll_s: float = 1.0  # a notice is heard within this time
+    jitter: float = 0.1  # a thousand nodes must not ask in step
+    retry_max_s: float = 5.0  # between two tries while IMDS is away: a notice may come meanwhile
+    absent_max_s: float = 60.0  # where it has never answered: this is no EC2 instance
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +112,11 @@ class Settings:
     handoff_path: str = "/run/midstream/handoff.sock"
     nic: Nic = field(default_factory=Nic)
     probe_port: int = 9444
+    tunnel_port: int = 9445  # not 4789, which a CNI's overlay may use
     timeouts: Timeouts = field(default_factory=Timeouts)
     limits: Limits = field(default_factory=Limits)
     kv: Kv = field(default_factory=Kv)
+    imds: ImdsSettings = field(default_factory=ImdsSettings)
     boot_id: str = ""  # empty: the kernel's
     fip_rule_to: int = 513  # between the VPC CNI's 512 and 1024 (facts: its source)
     fip_rule_from: int = 600

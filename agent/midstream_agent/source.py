@@ -10,6 +10,7 @@ import asyncio
 import bisect
 import logging
 import os
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,8 +26,9 @@ from midstream_agent.journal import Journal
 from midstream_agent.kv import Geometry, PoolView
 from midstream_agent.node import Attached, Node
 from midstream_agent.peer import PeerSession
-from midstream_agent.saga import Clock, Step
+from midstream_agent.saga import Clock
 from midstream_agent.target import bring_up, fingerprint_of, greet, pool_fingerprint_of, responder_for
+from midstream_agent.transit import Transit
 
 log = logging.getLogger(__name__)
 QUEUE_BUCKETS = (0, 1 << 10, 16 << 10, 256 << 10, 4 << 20)  # upper bounds, bytes; agent.proto names them
@@ -41,7 +43,7 @@ class Aborted(Final):
 
 @dataclass(slots=True)
 class SourceJob:
-    """One job at the source. Owns its fds, its handoff connection, its peer session."""
+    """One job at the source, or one further batch of a job. Owns its fds, its handoff connection, its peer session."""
 
     node: Node
     request: pb.MigrateRequest
@@ -58,6 +60,21 @@ class SourceJob:
     addresses: list[str] = field(default_factory=list)
     target_addresses: list[str] = field(default_factory=list)
     excluded: set[int] = field(default_factory=set)
+    only: list[int] | None = None
+    """The streams of this batch, by their ids in the pod; None: all."""
+    parent: SourceJob | None = None
+    transit: Transit | None = None
+    """Set when streams are steered (switchover Steer); a batch has its job's."""
+    no_steer: bool = False
+    moved_keys: bytes = b""
+    """Of all batches."""
+    listed: list[dict[str, Any]] = field(default_factory=list)
+    """A further batch's streams, as the pod listed them."""
+    paused_ms: float = 0.0
+    stopped: bool = False
+    """No further batch begins."""
+    failed: Final | None = None
+    """Why the first batch that went back to the source did so."""
     fds: list[int] = field(default_factory=list)
     kv: list[dict[str, Any]] = field(default_factory=list)
     state: bytes = b""
@@ -73,6 +90,10 @@ class SourceJob:
 
     # -- what the saga's loop asks ---------------------------------------------------------------------
 
+    @property
+    def steers(self) -> bool:
+        return self.transit is not None
+
     def note(self, step: str, what: str, message: str = "") -> None:
         event = pb.MigrateEvent(
             at_ms=self.clock.now_ms(), phase=self.report.phase, step=step, what=what, message=message
@@ -80,7 +101,7 @@ class SourceJob:
         self.notify(event)
 
     def check_abort(self) -> None:
-        if self.abort_asked:
+        if self.abort_asked or (self.parent is not None and self.parent.abort_asked):
             raise Aborted
         deadline = self.request.deadline_unix_ms
         if deadline and time.time() * 1000 > deadline:
@@ -101,11 +122,12 @@ class SourceJob:
         return self.at, self.handoff
 
     def close(self) -> None:
-        for owner in (self.handoff, self.pool, self.at):
+        self._close_fds()
+        owners = (self.handoff, self.pool, self.at) if self.parent is None else (self.handoff,)
+        for owner in owners:
             if owner is not None:
                 owner.close()
         self.handoff = self.pool = self.at = None
-        self._close_fds()
 
     def _close_fds(self) -> None:
         for fd in self.fds:
@@ -113,7 +135,7 @@ class SourceJob:
         self.fds = []
 
     def gone(self) -> bool:
-        return bool(self.peer_gone)
+        return bool(self.peer_gone) or (self.parent is not None and self.parent.gone())
 
     async def insist(self, request: pb.PeerRequest) -> pb.PeerReply | None:
         assert self.peer is not None
@@ -131,6 +153,10 @@ async def connect(job: SourceJob) -> None:
     if request.target_node.name == job.node.settings.node:
         raise Final("same_node", f"{request.target_node.name} is the node the pod runs on: choose another target")
     job.addresses = await _floating_addresses(job)
+    for address in job.addresses:
+        if job.node.hold.in_transit(address):
+            raise Final("address_in_transit", f"{address} is on its way already, with streams that stay where they are "
+                        "until they finish: nothing of it can move again before that")  # fmt: skip
     job.journal.decide("PLAN", addresses=job.addresses)
     job.peer = PeerSession(
         job.node.settings,
@@ -184,25 +210,82 @@ async def disconnect(job: SourceJob) -> None:
 
 async def prepare(job: SourceJob) -> None:
     """All that takes time and needs no client to wait."""
-    _, handoff = job.live_pod()
+    at, handoff = job.live_pod()
+    job.node.address_comes_back(job.addresses)
     fields = {"job": job.request.job_id, "addresses": job.addresses}
     await handoff.ask("prepare", fields)
-    streams = await _list_streams(job)
-    await _ask_prepare(job, streams)
+    streams = await list_streams(job)
+    await ask_prepare(job, first_batch(job, streams))
+    await _choose_switchover(job, streams)
     if job.request.dry_run:
         raise Final("dry_run", f"planned: {len(streams)} streams would move to {job.request.target_node.name}")
-    for address in job.addresses:
-        job.node.hold.set_addr(address, ADDR_LEAVING)
-    # a handshake under way completes within a round trip; what completes later was silenced as a SYN
-    await asyncio.sleep(job.node.settings.timeouts.accept_settle_ms / 1000)
+    if job.transit is None:
+        for address in job.addresses:
+            job.node.hold.set_addr(address, ADDR_LEAVING)
+    if left := await job.node.settle_handshakes(at, job.addresses):
+        job.note("PREPARE", "left behind", f"{left} connections whose clients did not complete the handshake")
     await handoff.ask("settle", fields)
-    settled = await _list_streams(job)
+    settled = await list_streams(job)
     if len(settled) != len(streams):
-        await _ask_prepare(job, settled)
+        await ask_prepare(job, first_batch(job, settled))
+    if job.transit is not None:
+        job.only = [int(s["id"]) for s in first_batch(job, settled)]
     job.phase(pb.PHASE_SWITCHING)
 
 
-async def _list_streams(job: SourceJob) -> list[dict[str, Any]]:
+async def remaining_streams(job: SourceJob) -> list[dict[str, Any]]:
+    """Movable streams that no batch has taken yet; those that cannot move any more are counted."""
+    _, handoff = job.live_pod()
+    answer = await handoff.ask("streams", {"addresses": job.addresses})
+    new = [s for s in answer.header["streams"] if s["id"] not in job.excluded]
+    stuck = [s for s in new if not s["movable"]]
+    job.excluded |= {int(s["id"]) for s in stuck}
+    job.report.streams.unmovable += len(stuck)
+    reasons = {str(s["reason"]) for s in stuck} - set(job.report.unmovable_reasons)
+    job.report.unmovable_reasons.extend(sorted(reasons))
+    return [s for s in new if s["movable"]]
+
+
+def first_batch(job: SourceJob, streams: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """With Wait all streams are one batch: their address moves once."""
+    may_steer = job.transit is not None or _may_steer(job)
+    return streams[: job.node.settings.limits.batch_streams] if may_steer else streams
+
+
+def _may_steer(job: SourceJob) -> bool:
+    asked = job.request.switchover != pb.SWITCHOVER_WAIT
+    return asked and not job.no_steer and job.node.tunnel is not None and int(job.hello.get("version", 0)) >= 2
+
+
+async def _choose_switchover(job: SourceJob, streams: list[dict[str, Any]]) -> None:
+    """Steer wherever the tunnel proves to work, both ways and at full size; a user's word goes before."""
+    demanded = job.request.switchover == pb.SWITCHOVER_STEER
+    if job.transit is None:
+        if demanded:
+            raise Final("no_tunnel", "switchover Steer: source or target node has no VXLAN tunnel, or the pod's "
+                        "runtime cannot move in batches; see `midstream doctor`, or use Auto or Wait")  # fmt: skip
+        job.report.switchover = "Wait"
+        return
+    assert job.node.tunnel is not None
+    job.journal.decide("STEER", peer=job.transit.peer, vni=job.transit.vni)
+    job.transit.leave()
+    try:
+        for address in job.addresses:
+            took_ms = await job.node.tunnel.prove(address, job.request.target_node.name)
+    except Final as e:
+        job.transit.stay()
+        if demanded:
+            raise
+        job.note("PREPARE", "fallback", f"switchover Wait, since {e.message}")
+        job.journal.decide("WAIT")
+        job.transit, job.no_steer, job.report.switchover = None, True, "Wait"
+        await ask_prepare(job, streams)
+        return
+    job.report.switchover = "Steer"
+    job.note("PREPARE", "proved", f"tunnel: a full-size packet there and back in {took_ms:.1f} ms")
+
+
+async def list_streams(job: SourceJob) -> list[dict[str, Any]]:
     """The movable streams; the others are counted with their reason, never touched."""
     _, handoff = job.live_pod()
     answer = await handoff.ask("streams", {"addresses": job.addresses})
@@ -218,7 +301,8 @@ async def _list_streams(job: SourceJob) -> list[dict[str, Any]]:
     return movable
 
 
-async def _ask_prepare(job: SourceJob, streams: list[dict[str, Any]]) -> None:
+async def ask_prepare(job: SourceJob, streams: list[dict[str, Any]]) -> None:
+    """Have the target make ready for these streams; the first time for the addresses, too."""
     assert job.peer is not None
     kv_bytes = sum(int(s.get("kv_bytes") or 0) for s in streams)
     job.report.kv.bytes_total = kv_bytes
@@ -236,8 +320,16 @@ async def _ask_prepare(job: SourceJob, streams: list[dict[str, Any]]) -> None:
         ports=sorted({int(s["local"][1]) for s in streams}),
         mtu_bytes=job.node.settings.nic.mtu_bytes,
         pod_kind=str(job.hello.get("pod_kind", "")),
+        part_of=job.parent.request.job_id if job.parent else "",
     )
+    if job.parent is None and (job.transit is not None or _may_steer(job)):
+        body.tunnel.CopyFrom(_our_end(job))
     reply = await job.peer.ask(pb.PeerRequest(prepare=body))
+    if job.parent is not None:
+        return
+    if reply.prepared.HasField("tunnel") and job.transit is None:
+        at, _ = job.live_pod()
+        job.transit = Transit(job.node, at, job.addresses, reply.prepared.tunnel.address, body.tunnel.vni)
     job.target_addresses = list(reply.prepared.node_addresses)
     job.journal.decide("TARGET", addresses=job.target_addresses)
     for address in job.addresses:
@@ -245,8 +337,15 @@ async def _ask_prepare(job: SourceJob, streams: list[dict[str, Any]]) -> None:
         responder_for(address, job.target_addresses)
 
 
+def _our_end(job: SourceJob) -> pb.PeerTunnel:
+    vni = job.transit.vni if job.transit is not None else secrets.randbelow((1 << 24) - 1) + 1
+    return pb.PeerTunnel(address=job.node.settings.node_addresses[0], vni=vni)
+
+
 async def unprepare(job: SourceJob) -> None:
     # the target undoes its own part as soon as the session ends: it has no checkpoint yet, or was told already
+    if job.transit is not None:
+        job.transit.stay()
     for address in job.addresses:
         job.node.hold.del_addr(address)
     if job.handoff is not None:
@@ -260,6 +359,7 @@ async def pause(job: SourceJob) -> None:
     """Take the streams from the pod at a token boundary; refuse by name what cannot move."""
     at, handoff = job.live_pod()
     job.clients_wait = True
+    job.paused_ms = job.clock.now_ms()
     while True:
         await _ask_pause(job)
         refusals = pods.check_stream_fds(at.pod, job.fds, set(job.addresses))
@@ -281,6 +381,8 @@ async def _ask_pause(job: SourceJob) -> None:
     fields: dict[str, Any] = {"job": job.request.job_id, "addresses": job.addresses}
     if job.excluded:
         fields["exclude"] = sorted(job.excluded)
+    if job.only is not None:
+        fields["streams"] = job.only
     answer = await handoff.ask("pause", fields, timeout_s=job.node.settings.timeouts.pause_s)
     job.hello["paused"] = answer.header["streams"]
     job.fds = answer.take_fds(len(answer.header["streams"]))
@@ -394,8 +496,9 @@ async def send(job: SourceJob) -> None:
         checkpoints=checkpoints, state=job.state, streams=job.streams, kv_blocks=len(job.kv), kv=await _send_kv(job)
     )
     await job.peer.post(pb.PeerRequest(ship=ship))
-    # The target begins the address move only once it has restored. Asking now saves clients a round trip.
-    await _ask_move(job)
+    if job.transit is None:
+        # The target begins the address move only once it has restored. Asking now saves clients a round trip.
+        await _ask_move(job)
     reply = await job.peer.answer()
     job.report.restore_us = reply.restored.restore_us
 
@@ -438,13 +541,24 @@ async def _discard(job: SourceJob) -> None:
 # -- MOVE_ADDRESS (switchover Wait) ------------------------------------------------------------------------
 
 
+def waits(job: SourceJob) -> bool:
+    return not job.steers
+
+
+def steers(job: SourceJob) -> bool:
+    return job.steers
+
+
 async def _ask_move(job: SourceJob) -> None:
     assert job.peer is not None
-    at, _ = job.live_pod()
     settings = job.node.settings
     job.moving = True
-    for address in job.addresses:
-        job.node.routes.delete(address, at.link.index)
+    if job.transit is not None:
+        job.transit.overlap_leaving()
+    else:
+        at, _ = job.live_pod()
+        for address in job.addresses:
+            job.node.routes.delete(address, at.link.index)
     body = pb.PeerMoveAddress(
         addresses=job.addresses, probe_addresses=settings.node_addresses, probe_port=settings.probe_port
     )
@@ -461,7 +575,7 @@ async def move_address(job: SourceJob) -> None:
 
 async def unmove_address(job: SourceJob) -> None:
     """The target first lets go, then the address comes back and its path is proved, then clients go on."""
-    if not job.moving:
+    if not job.moving or job.transit is not None:
         return
     await _discard(job)
     at, _ = job.live_pod()
@@ -483,13 +597,17 @@ async def _prove_back(job: SourceJob, address: str) -> None:
         raise Retryable("address_not_back", str(e)) from e
 
 
-# -- COMMIT, RELEASE ---------------------------------------------------------------------------------------
+# -- COMMIT, FOLLOW, RELEASE -------------------------------------------------------------------------------
 
 
 async def commit(job: SourceJob) -> None:
     """The point of no return: journalled, then said until it is answered."""
     notes_path = job.journal.blob_path("notes")
     if job.journal.decided("COMMIT") is None:
+        if job.transit is not None:
+            # Steered first: what comes after the notes were read meets the target's hold. Not a decision yet: a thaw
+            # takes it back, and clients send again what they sent there.
+            job.node.set_state(job.keys, FLOW_MOVED)
         notes_path.write_bytes(job.node.hold.read_notes(job.keys, job.streams))
         job.journal.decide("COMMIT", keys=job.keys, addresses=job.addresses)
         job.report.point_of_no_return_ms = job.clock.now_ms()
@@ -508,6 +626,7 @@ async def commit(job: SourceJob) -> None:
     finally:
         job.node.set_state(job.keys, FLOW_MOVED)
         job.clients_wait = False
+        job.moved_keys += job.keys
     job.report.streams.migrated = reply.activated.streams - len(reply.activated.broken)
     if reply.activated.broken:
         count_broken(job.report, "COMMIT", reply.activated.broken, job.note)
@@ -521,21 +640,59 @@ async def commit(job: SourceJob) -> None:
         job.report.hold_ms = (time.monotonic() - job.frozen_at) * 1000
 
 
-async def release(job: SourceJob) -> None:
-    """Everything of these flows leaves this node without a word to the clients."""
-    at, handoff = job.live_pod()
+async def begin_move(job: SourceJob) -> None:
+    """Beside everything else: the network may take its time."""
+    assert job.transit is not None
+    if job.lost is not None and job.report.streams.migrated == 0:
+        job.transit.stay()
+        raise job.lost  # the target is gone, or has nothing of ours: the address stays where the others are
+    job.transit.share()
+    await _ask_move(job)
+
+
+async def follow_address(job: SourceJob) -> None:
+    """The network brings the addresses to the target, which proves it. Until then this node carries the streams."""
+    assert job.peer is not None and job.transit is not None
+    timeouts = job.node.settings.timeouts
+    try:
+        if not job.moving:
+            await _ask_move(job)
+        reply = await job.peer.answer(timeouts.address_confirm_s + timeouts.peer_reply_s)
+    except MidstreamError as e:
+        job.moving = False
+        count = len(job.moved_keys) // tcp.KEY_BYTES
+        held = f"the {count} streams that have moved go through this node until the address has: keep it alive"
+        raise Retryable(e.code, f"{e.message}; {held}") from e
+    job.transit.follow()
+    job.note("FOLLOW", "proved", f"path proved after {reply.address_moved.took_ms:.1f} ms: this node may go")
+
+
+async def let_go(job: SourceJob) -> None:
+    """The sockets of a batch leave this node without a word to the clients."""
+    _, handoff = job.live_pod()
     try:
         await handoff.ask("release", {"job": job.request.job_id})
     except Retryable as e:
         # the gateway is gone, and with it its copies of the sockets: closed in repair, in silence
         job.note("RELEASE", "retry", str(e))
     job._close_fds()
+    job.node.forget_conntrack(job.keys)
+    job.node.hold.delete_notes(job.keys, len(job.keys) // tcp.KEY_BYTES)
+
+
+async def release(job: SourceJob) -> None:
+    """Nothing of the addresses is left on this node."""
+    if job.transit is None:
+        await let_go(job)
+    else:
+        await _wait_for_the_rest(job)
+    at, _ = job.live_pod()
     node = job.node
-    node.forget_conntrack(job.keys)
     for address in job.addresses:
         await node.unplumb(at, address)
-    node.hold.delete_notes(job.keys, len(job.keys) // tcp.KEY_BYTES)
-    node.linger_moved(job.keys, job.addresses)
+    if job.transit is not None:
+        job.transit.go()
+    node.linger_moved(job.moved_keys, job.addresses)
     if job.peer is not None and not job.gone():
         try:
             await job.peer.ask(pb.PeerRequest(finish=pb.PeerFinish()))
@@ -545,14 +702,23 @@ async def release(job: SourceJob) -> None:
     job.journal.decide("RELEASED")
 
 
-STEPS: tuple[Step[SourceJob], ...] = (
-    Step("CONNECT", connect, disconnect),
-    Step("PREPARE", prepare, unprepare),
-    Step("PAUSE", pause, unpause),
-    Step("HOLD", hold, unhold),
-    Step("EXPORT", export, thaw),
-    Step("SEND", send, unsend),
-    Step("MOVE_ADDRESS", move_address, unmove_address),
-    Step("COMMIT", commit, None),
-    Step("RELEASE", release, None),
-)
+async def _wait_for_the_rest(job: SourceJob) -> None:
+    """Streams that did not move finish at the source, which the tunnel makes possible; then it may go."""
+    said = -1
+    while True:
+        _, handoff = job.live_pod()
+        try:
+            answer = await handoff.ask("streams", {"addresses": job.addresses})
+        except Retryable as e:
+            job.note("RELEASE", "retry", f"the source pod does not answer any more, its streams are over: {e}")
+            return
+        left = len(answer.header["streams"])
+        if not left:
+            return
+        if left != said:
+            job.note("RELEASE", "waiting", f"{left} streams that do not move finish at the source, through the tunnel")
+            said = left
+        if job.failed is not None:
+            raise job.failed
+        job.check_abort()
+        await asyncio.sleep(job.node.settings.timeouts.remaining_poll_s)

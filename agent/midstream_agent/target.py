@@ -25,11 +25,12 @@ from midstream_runtime.contract.errors import Final, MidstreamError, Retryable
 from midstream_agent import failpoints, peer, pods, tcp
 from midstream_agent.contract import agent_pb2 as pb
 from midstream_agent.handoff import HandoffClient
-from midstream_agent.hold import ADDR_LEAVING, FLOW_HELD
+from midstream_agent.hold import ADDR_LEAVING, FLOW_HELD, FLOW_HERE
 from midstream_agent.hold_layout import NOTE, NOTE_DATA, NOTE_FIN, NOTE_RST, NOTE_RST_SEEN, NOTE_SEG, NOTE_TS
 from midstream_agent.journal import Journal, journals
 from midstream_agent.kv import Geometry, PoolView
 from midstream_agent.node import Attached, Node
+from midstream_agent.transit import Transit
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +66,12 @@ class TargetJob:
     activate_ms: float = 0.0
     sessions: int = 0  # open now: a broken one may end after the next has begun
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    parent: TargetJob | None = None
+    """The job of which this is a further batch: addresses and tunnel are its business."""
+    transit: Transit | None = None
+    opened: bool = False
+    moved: bool = False
+    """The addresses are here, by proof."""
 
     # -- PREPARE ---------------------------------------------------------------------------------------
 
@@ -72,12 +79,39 @@ class TargetJob:
         if self.state not in (NEW, PREPARED):
             raise Final("job_state", f"job {self.job_id} is {self.state} here: it cannot be prepared again")
         await self._attach(req)
-        await self._take_addresses(list(req.addresses))
+        if self.parent is not None:
+            self.addresses, self.transit = self.parent.addresses, self.parent.transit
+        else:
+            await self._take_addresses(list(req.addresses))
+            self._choose_switchover(req)
         self.state = PREPARED
         await self._blank(list(req.families))
         free = await self._reserve(req.kv_slots)
         self._open_journal()
-        return pb.PeerPrepared(node_addresses=self.node.settings.node_addresses, kv_slots_free=free)
+        reply = pb.PeerPrepared(node_addresses=self.node.settings.node_addresses, kv_slots_free=free)
+        if self.transit is not None:
+            reply.tunnel.address = responder_for(self.transit.peer, self.node.settings.node_addresses)
+            reply.tunnel.vni = self.transit.vni
+        return reply
+
+    def _choose_switchover(self, req: pb.PeerPrepare) -> None:
+        """The source offers a tunnel, or takes the offer back when no packet came through it."""
+        assert self.at is not None
+        if not req.HasField("tunnel") or self.node.tunnel is None:
+            if self.transit is not None:
+                self._end_transit()
+            return
+        if self.transit is None:
+            self.transit = Transit(self.node, self.at, self.addresses, req.tunnel.address, req.tunnel.vni)
+            self.transit.arrive()
+
+    def _end_transit(self) -> None:
+        """Packets of this host for the addresses go to the network again, as before the job."""
+        assert self.transit is not None and self.at is not None
+        for address in self.addresses:
+            self.node.unroute(self.at, address)
+        self.transit.retreat()
+        self.transit = None
 
     async def _attach(self, req: pb.PeerPrepare) -> None:
         if self.at is None:
@@ -102,6 +136,8 @@ class TargetJob:
         """Plumb without a route: no packet of this host goes to the pod before the address has moved."""
         assert self.at is not None
         node = self.node
+        if self.transit is not None:
+            return  # asked again, for other streams
         taken = await node.net.run(node.net.routed_addresses)
         for address in addresses:
             if address in taken:
@@ -223,6 +259,8 @@ class TargetJob:
             "added": self.added,
             "source": self.source_node,
             "source_boot_id": self.source_boot_id,
+            "part_of": self.parent.job_id if self.parent is not None else "",
+            "tunnel": {"peer": self.transit.peer, "vni": self.transit.vni} if self.transit is not None else None,
         }
         self.journal = Journal.create(self.node.journal_folder, "target", self.job_id, facts)
 
@@ -235,7 +273,9 @@ class TargetJob:
             raise Final("job_state", f"job {self.job_id} is {self.state} here: its addresses stay where they are")
         began = time.perf_counter()
         node = self.node
-        for address in req.addresses:
+        if self.transit is not None:
+            self.transit.overlap_arriving()
+        for address in req.addresses if self.transit is None else ():
             # before COMMIT no connection may be accepted here: a rollback would take its address away
             node.hold.set_addr(address, ADDR_LEAVING)
             node.routes.add(address, self.at.link.index)
@@ -247,6 +287,9 @@ class TargetJob:
         except TimeoutError as e:
             raise Final("address_not_moved", f"{e}: the network did not move the address") from e
         await failpoints.point("target.MOVE_ADDRESS.do.after")
+        if self.transit is not None:
+            self.transit.own()
+        self.moved = True
         return pb.PeerAddressMoved(took_ms=(time.perf_counter() - began) * 1e3)
 
     async def _prove(self, address: str, req: pb.PeerMoveAddress, timeout_s: float) -> None:
@@ -282,12 +325,19 @@ class TargetJob:
     def _go_live(self, notes: bytes) -> None:
         """No await in here: it is what every client waits for."""
         assert self.batch is not None
-        self.broken = bring_up(self.node, self.batch, self.blanks, self.keys, notes, thaw=False)
+        here = self.transit is not None
+        self.broken = bring_up(self.node, self.batch, self.blanks, self.keys, notes, thaw=False, here=here)
 
     def _activated(self) -> pb.PeerActivated:
         return pb.PeerActivated(streams=self.streams, activate_ms=self.activate_ms, broken=self.broken)
 
     def _let_syns_in(self) -> None:
+        """New connections are this node's; packets of streams that are still at the source go there."""
+        if self.parent is not None or self.opened:
+            return
+        self.opened = True
+        if self.transit is not None:
+            return self.transit.open()
         for address in self.addresses:
             self.node.hold.del_addr(address)
 
@@ -302,10 +352,8 @@ class TargetJob:
         if self.journal is not None and self.journal.decided(RESTORED):
             self.journal.decide(DISCARDED)
         await failpoints.point("target.DISCARD.do.before")
-        if self.at is not None:
-            for address in self.addresses:
-                self.node.routes.delete(address, self.at.link.index)
-        self._let_syns_in()
+        if self.parent is None:
+            self._give_addresses_back()
         self._close_blanks()
         if self.handoff is not None and self.state != NEW:
             await self._tell_discard()
@@ -318,6 +366,14 @@ class TargetJob:
         self.state = DISCARDED
         self.finish()
 
+    def _give_addresses_back(self) -> None:
+        if self.transit is not None:
+            return self._end_transit()
+        for address in self.addresses:
+            if self.at is not None:
+                self.node.unroute(self.at, address)
+            self.node.hold.del_addr(address)
+
     async def _tell_discard(self) -> None:
         assert self.handoff is not None
         try:
@@ -328,11 +384,25 @@ class TargetJob:
 
     def finish(self) -> None:
         """Forget the job: nobody will ask for it again."""
+        if self.state == ACTIVATED and self.transit is not None and self.parent is None:
+            self._settle()
         self._close_blanks()
         if self.journal is not None:
             self.journal.remove()
             self.journal = None
         self.close()
+
+    def _settle(self) -> None:
+        """The addresses are like any other of this node; their flows need no entries any more."""
+        assert self.transit is not None
+        node = self.node
+        self.transit.settle()
+        keys = node.flows_of(self.addresses)
+        node.hold.delete_flows(keys, len(keys) // tcp.KEY_BYTES)
+        for address in self.addresses:
+            node.hold.end_births(address)
+        node.linger_moved(b"", self.addresses)
+        self.transit = None
 
     def close(self) -> None:
         if self.handoff is not None:
@@ -360,6 +430,8 @@ class TargetJob:
         job.addresses, job.added = facts["addresses"], facts["added"]
         try:
             job.at = await node.attach_pod(facts["pod"])
+            if facts.get("tunnel"):
+                job.transit = Transit(node, job.at, job.addresses, facts["tunnel"]["peer"], facts["tunnel"]["vni"])
             sock = pods.connect_handoff(job.at.pod, node.settings.handoff_path)
             job.handoff = HandoffClient(sock, node.settings.timeouts.handoff_s)
             hello = await greet(job.handoff, node.settings.node)
@@ -403,6 +475,7 @@ class TargetJobs:
         for path in journals(self._node.journal_folder, "target"):
             journal = Journal.load(path)
             job = await TargetJob.reopen(self._node, journal)
+            job.parent = self.jobs.get(journal.facts.get("part_of", ""))
             if journal.decided(DISCARDED) or not journal.decided(RESTORED):
                 job.own_leftovers()
                 await job.discard()
@@ -419,6 +492,14 @@ class TargetJobs:
             raise Final("peer_identity", f"job {hello.job_id} belongs to node {job.source_node}, not to {hello.node}")
         self._node.check_epoch(f"job:{hello.job_id}", hello.epoch)
         return TargetSession(self, job)
+
+
+    def parent_of(self, job_id: str, batch: TargetJob) -> TargetJob:
+        """The job whose further batch this is: live here, of the same source."""
+        parent = self.jobs.get(job_id)
+        if parent is None or parent.state != ACTIVATED or parent.source_node != batch.source_node:
+            raise Final("job_state", f"job {job_id} is not under way here: it can have no further batch")
+        return parent
 
 
 class TargetSession(peer.Handler):
@@ -441,6 +522,8 @@ class TargetSession(peer.Handler):
         job = self._job
         match request.WhichOneof("body"):
             case "prepare":
+                if request.prepare.part_of:
+                    job.parent = self._jobs.parent_of(request.prepare.part_of, job)
                 reply.prepared.CopyFrom(await job.prepare(request.prepare))
             case "kv_chunk":
                 job.store_kv(request.kv_chunk)
@@ -472,6 +555,17 @@ class TargetSession(peer.Handler):
             if self._job.state in (NEW, PREPARED) and not self._job.sessions:
                 await self._job.discard()
                 self._jobs.jobs.pop(self._job.job_id, None)
+        if self._job.state == ACTIVATED and self._job.moved:
+            await self._bury()
+
+    async def _bury(self) -> None:
+        """Streams and addresses are here; a source that stays silent has nothing left that packets could go to."""
+        await asyncio.sleep(self._job.node.settings.timeouts.orphan_linger_s)
+        async with self._job.lock:
+            if not self._job.sessions and self._jobs.jobs.get(self._job.job_id) is self._job:
+                log.info("job %s: its source is silent: the addresses are ours alone now", self._job.job_id)
+                self._job.finish()
+                self._jobs.jobs.pop(self._job.job_id, None)
 
 
 async def fds_of(handoff: HandoffClient, job_id: str) -> list[int]:
@@ -488,9 +582,12 @@ async def fds_of(handoff: HandoffClient, job_id: str) -> list[int]:
 # -- shared with the source's thaw -----------------------------------------------------------------------
 
 
-def bring_up(node: Node, batch: tcp.Batch, fds: list[int], keys: bytes, notes: bytes, *, thaw: bool) -> list[str]:
+def bring_up(
+    node: Node, batch: tcp.Batch, fds: list[int], keys: bytes, notes: bytes, *, thaw: bool, here: bool = False
+) -> list[str]:
     """Make held flows live: places in the streams first, then the gate, the clients' kept segments, then the rest.
-    Returns what failed, for each flow that is lost with it.
+    Returns what failed, for each flow that is lost with it. `here`: their address is still on its way, so an entry
+    must say that they live on this node.
 
     The gate opens only when no socket is in repair any more: a restored one would take a client's packet like any
     other, acknowledge it with a timestamp of this host's own clock, and lose its bytes when it is seated again.
@@ -498,7 +595,10 @@ def bring_up(node: Node, batch: tcp.Batch, fds: list[int], keys: bytes, notes: b
     count = len(fds)
     begin, finish = (batch.thaw_begin, batch.thaw_finish) if thaw else (batch.activate_begin, batch.activate_finish)
     problems = [begin(fds, notes)]
-    node.hold.delete_flows(keys, count)
+    if here:
+        node.set_state(keys, FLOW_HERE)
+    else:
+        node.hold.delete_flows(keys, count)
     notes = with_late_payloads(notes, node.hold.read_notes(keys, count))
     node.injector.play(batch.client_packets(notes, tcp.PRIME))
     node.injector.play(batch.client_packets(notes, tcp.PLAY))

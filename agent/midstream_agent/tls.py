@@ -8,6 +8,7 @@ files over plain TLS sockets.
 
 from __future__ import annotations
 
+import logging
 import socket
 import ssl
 import struct
@@ -18,14 +19,38 @@ from midstream_runtime.contract.errors import Final
 
 from midstream_agent.settings import TlsFiles
 
+log = logging.getLogger(__name__)
 OPERATOR = "midstream-operator"
 _OP_ENABLE_KTLS = 1 << 3  # openssl/ssl.h; Python names it from 3.12 on
 _SOL_TLS, _TLS_TX = 282, 1  # linux/tls.h, linux/socket.h
 
 
 def server_credentials(files: TlsFiles) -> grpc.ServerCredentials:
-    ca, cert, key = _read(files)
-    return grpc.ssl_server_credentials([(key, cert)], root_certificates=ca, require_client_auth=True)
+    """The files are read again when they have changed: certificates are renewed under a running agent."""
+    fetcher = _Fetcher(files)
+    first = fetcher.configuration()
+    # The stubs leave out what gRPC documents: None means no change.
+    return grpc.dynamic_ssl_server_credentials(first, fetcher, require_client_authentication=True)  # type: ignore[arg-type]
+
+
+class _Fetcher:
+    """Called by gRPC at each handshake, in one of its threads."""
+
+    def __init__(self, files: TlsFiles) -> None:
+        self._files = files
+        self._loaded: tuple[bytes, bytes, bytes] | None = None
+
+    def configuration(self) -> grpc.ServerCertificateConfiguration:
+        self._loaded = ca, cert, key = _read(self._files)
+        return grpc.ssl_server_certificate_configuration([(key, cert)], root_certificates=ca)
+
+    def __call__(self) -> grpc.ServerCertificateConfiguration | None:
+        """None: go on with what there is, also while the files cannot be read."""
+        try:
+            return self.configuration() if _read(self._files) != self._loaded else None
+        except Final as e:
+            log.error("%s: the agent goes on with its old certificate", e)
+            return None
 
 
 def channel_credentials(files: TlsFiles) -> grpc.ChannelCredentials:

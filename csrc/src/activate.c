@@ -62,9 +62,9 @@ static uint32_t segment_bytes(const struct flow *f)
  * queue as sent, or leave at once as new data: an ack beyond snd_nxt is dropped,
  * for ever if nothing more is sent. New data has no retransmit timer to wait for,
  * but only whole segments are sure to leave: INIT_CWND of them, and within the
- * window, whose last bytes the old socket may have used with a part of one. Of
- * more, the last segment is new, and its SACK starts the recovery. Returns the end
- * of what is queued as sent.
+ * window, whose last bytes the old socket may have used with a part of one (a part
+ * alone is a send of its own: send_into_window). Of more, the last segment is new,
+ * and its SACK starts the recovery. Returns the end of what is queued as sent.
  */
 static uint32_t in_flight_end(const struct flow *f, uint32_t snd_wnd)
 {
@@ -73,11 +73,11 @@ static uint32_t in_flight_end(const struct flow *f, uint32_t snd_wnd)
 	if (fin_acked(f) || ms_before(end, f->una))
 		return ms_seat_of(f, f->una);
 	segments = (end - f->una + segment - 1) / segment;
-	if (segments <= INIT_CWND && segments * segment <= snd_wnd)
-		return ms_seat_of(f, f->una);
 	/* The window has shrunk below what is in flight: nothing new may leave. */
-	if (segments <= 1 || end - f->una > snd_wnd)
+	if (end - f->una > snd_wnd)
 		return end;
+	if (segments <= 1 || (segments <= INIT_CWND && segments * segment <= snd_wnd))
+		return ms_seat_of(f, f->una);
 	return end - segment;
 }
 
@@ -202,17 +202,32 @@ static int send_some(int fd, struct flow *f, uint32_t end)
 	return err;
 }
 
+/*
+ * A segment that is larger than the client's window waits for the probe timer, a second
+ * or three of a fresh socket. So what such a window takes is a send, and thereby a
+ * segment, of its own.
+ */
+static int send_into_window(int fd, struct flow *f, uint32_t end)
+{
+	if (f->snd_wnd >= segment_bytes(f) || fin_acked(f))
+		return 0;
+	return send_some(fd, f, end - f->una > f->snd_wnd ? f->una + f->snd_wnd : end);
+}
+
 /* The rest of the queue as new data: Nagle is off for what was in flight already (else: 956 ms). */
 static int send_rest(int fd, struct flow *f)
 {
 	bool nagle = !f->opts[OPT_NODELAY], corked = f->opts[OPT_CORK],
 	     open = ms_fin_out(f) && !fin_acked(f);
+	uint32_t first = corked ? ms_sent_end(f) : ms_data_end(f);
 	int err = 0;
 
 	if (nagle && f->queued != ms_data_end(f))
 		err = ms_setint(fd, IPPROTO_TCP, TCP_NODELAY, 1);
 	if (!err)
-		err = send_some(fd, f, corked ? ms_sent_end(f) : ms_data_end(f));
+		err = send_into_window(fd, f, first);
+	if (!err)
+		err = send_some(fd, f, first);
 	if (!err && corked)
 		err = ms_opt_set(fd, f, OPT_CORK);
 	if (!err && corked)

@@ -13,7 +13,7 @@
 
 #define UNPRIVILEGED_BUF (2 * 212992) /* what SO_SNDBUF and SO_RCVBUF can set by default */
 #define SMALL_QUEUE 65536
-#define SNDBUF_MAX (1u << 30)
+#define BUF_MAX (1u << 30)
 #define MAXSEG_MIN 88 /* TCP_MIN_MSS */
 #define TS_BYTES 12
 #define MAXSEG_MAX 32767 /* MAX_TCP_WINDOW: TCP_MAXSEG takes no more (loopback has 65483) */
@@ -141,12 +141,57 @@ int ms_queue_send(int fd, const uint8_t **data, size_t *len)
 	return 0;
 }
 
+/*
+ * getsockopt() gives twice what setsockopt() takes. SO_*BUFFORCE only where the
+ * unprivileged call would be capped: both lock autotuning, which SO_BUF_LOCK
+ * undoes after the queues.
+ */
+static int set_buffer(int fd, int name, int force, uint32_t bytes)
+{
+	if (bytes > UNPRIVILEGED_BUF && !ms_setint(fd, SOL_SOCKET, force, (int)(bytes / 2)))
+		return 0;
+	return ms_setint(fd, SOL_SOCKET, name, (int)(bytes / 2));
+}
+
+/* A queue may exceed the buffer by a segment, and need more room when it is packed otherwise. */
+static uint32_t with_slack(uint32_t queue)
+{
+	return queue > BUF_MAX / 2 ? BUF_MAX : queue + queue / 4 + SMALL_QUEUE;
+}
+
+/*
+ * The old socket's buffer may have grown since its options were read: the peek itself
+ * tunes it (tcp_rcv_space_adjust), and what came before the hold was complete fills it.
+ */
+static uint32_t rcvbuf_wanted(const struct flow *f)
+{
+	uint32_t dumped = (uint32_t)f->opts[OPT_RCVBUF];
+	uint32_t wanted = f->recv_len ? with_slack(f->recv_len) : 0;
+
+	return wanted > dumped ? wanted : dumped;
+}
+
+/* An older kernel has no SO_BUF_LOCK. */
+static int restore_buf_lock(int fd, const struct flow *f)
+{
+	return f->opts_present & 1u << OPT_BUF_LOCK ? ms_opt_set(fd, f, OPT_BUF_LOCK) : 0;
+}
+
 static int fill_recv_queue(int fd, const struct flow *f)
 {
+	uint32_t dumped = (uint32_t)f->opts[OPT_RCVBUF], wanted = rcvbuf_wanted(f);
 	const uint8_t *data = f->recv;
 	size_t len = f->recv_len;
+	int err = 0;
 
-	return ms_queue_send(fd, &data, &len);
+	if (wanted != dumped)
+		err = set_buffer(fd, SO_RCVBUF, SO_RCVBUFFORCE, wanted);
+	if (!err)
+		err = ms_queue_send(fd, &data, &len);
+	if (wanted == dumped || err)
+		return err;
+	err = set_buffer(fd, SO_RCVBUF, SO_RCVBUFFORCE, dumped);
+	return err ? err : restore_buf_lock(fd, f);
 }
 
 /* A FIN that was received is not in the socket until it is played: rcv_nxt lies one lower. */
@@ -215,26 +260,13 @@ int ms_seat(int fd, struct flow *f, uint32_t una, uint32_t snd_wnd)
 	return err;
 }
 
-/*
- * getsockopt() gives twice what setsockopt() takes. SO_*BUFFORCE only where the
- * unprivileged call would be capped: both lock autotuning, which SO_BUF_LOCK
- * undoes after the queues.
- */
-static int set_buffer(int fd, int name, int force, uint32_t bytes)
-{
-	if (bytes > UNPRIVILEGED_BUF && !ms_setint(fd, SOL_SOCKET, force, (int)(bytes / 2)))
-		return 0;
-	return ms_setint(fd, SOL_SOCKET, name, (int)(bytes / 2));
-}
-
-/* A queue may exceed the buffer by a segment, and need more room when it is packed otherwise. */
 uint32_t ms_sndbuf_wanted(const struct flow *f)
 {
 	uint32_t dumped = (uint32_t)f->opts[OPT_SNDBUF], queue = f->send_len;
 
 	if (queue < SMALL_QUEUE)
 		return dumped;
-	queue = queue > SNDBUF_MAX / 2 ? SNDBUF_MAX : queue + queue / 4 + SMALL_QUEUE;
+	queue = with_slack(queue);
 	return queue > dumped ? queue : dumped;
 }
 
@@ -259,7 +291,7 @@ int ms_reset_sndbuf(int fd, const struct flow *f)
 {
 	int err = set_buffer(fd, SO_SNDBUF, SO_SNDBUFFORCE, (uint32_t)f->opts[OPT_SNDBUF]);
 
-	return err ? err : ms_opt_set(fd, f, OPT_BUF_LOCK);
+	return err ? err : restore_buf_lock(fd, f);
 }
 
 static int check_blank(int fd, const struct flow *f)
@@ -288,9 +320,7 @@ static int fill_blank(int fd, struct flow *f)
 	err = ms_opts_apply(fd, f, PHASE_RESTORE);
 	if (!err)
 		err = ms_seat(fd, f, ms_seat_of(f, f->una), f->win.snd_wnd);
-	if (!err && f->opts_present & 1u << OPT_BUF_LOCK)
-		err = ms_opt_set(fd, f, OPT_BUF_LOCK);
-	return err;
+	return err ? err : restore_buf_lock(fd, f);
 }
 
 static int restore_one(int fd, struct flow *f)

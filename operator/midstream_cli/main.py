@@ -1,4 +1,7 @@
-"""`midstream migrate POD --to NODE`, `status`, `abort`, `doctor`: the operator's word, given by hand.
+"""`midstream migrate POD [--to NODE]`, `status`, `abort`, `doctor`; installed as `kubectl midstream`, too.
+
+In a cluster they go through the Kubernetes API (cluster.py). With --inventory they speak to the agents themselves:
+the operator's word, given by hand, where there is no operator.
 
 Exit status: 0 done, 1 the job did not succeed or a check failed, 2 the command cannot be carried out as given.
 """
@@ -32,8 +35,17 @@ PHASES |= {pb.PHASE_ROLLED_BACK: "RolledBack", pb.PHASE_UNSPECIFIED: "Unknown"}
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="midstream", description="move serving pods between nodes while they stream")
-    default = os.environ.get("MIDSTREAM_INVENTORY", "midstream.json")
-    top.add_argument("--inventory", type=Path, default=Path(default), help="JSON file of nodes and pods")
+    default = os.environ.get("MIDSTREAM_INVENTORY")
+    top.add_argument(
+        "--inventory",
+        type=Path,
+        default=Path(default) if default else None,
+        help="JSON file of nodes and pods: speak to the agents in it and not to a cluster ($MIDSTREAM_INVENTORY)",
+    )
+    top.add_argument("-n", "--namespace", default="", help="of the pods; default: the kubeconfig's")
+    top.add_argument("--context", help="of the kubeconfig")
+    top.add_argument("--kubeconfig", help="default: $KUBECONFIG, ~/.kube/config")
+    top.add_argument("--operator-namespace", default="midstream-system", help="where Midstream is installed")
     commands = top.add_subparsers(dest="command", required=True)
     migrate = commands.add_parser("migrate", help="move a pod's streams to another node")
     migrate.add_argument("pod")
@@ -48,14 +60,17 @@ def parser() -> argparse.ArgumentParser:
     migrate.add_argument("--dry-run", action="store_true")
     migrate.add_argument("--report", type=Path, help="write the job's report to this file, as JSON")
     migrate.add_argument("--job", default="", help="job id; the same id again follows the running job")
+    migrate.add_argument("--no-wait", action="store_true", help="in a cluster: create the MigrationJob and return")
     attach = commands.add_parser("attach", help="bring a floating IP to a pod (without an operator)")
     attach.add_argument("pod")
     attach.add_argument("address")
-    status = commands.add_parser("status", help="jobs that the agents know")
+    status = commands.add_parser("status", help="jobs, and why one failed or waits")
     status.add_argument("job", nargs="?", default="")
+    status.add_argument("-A", "--all-namespaces", action="store_true", help="in a cluster")
     abort = commands.add_parser("abort", help="stop a job before its point of no return")
     abort.add_argument("job")
-    commands.add_parser("doctor", help="what each node lacks, with the remedy")
+    doctor = commands.add_parser("doctor", help="what each node lacks, with the remedy")
+    doctor.add_argument("--bundle", type=Path, help="in a cluster: also write this .tar.gz for whoever helps you")
     return top
 
 
@@ -188,10 +203,20 @@ def _said(e: aio.AioRpcError) -> str:
     return f"the agent refused: {details}"
 
 
+async def _command(args: argparse.Namespace) -> int:
+    if args.inventory is not None:
+        return await COMMANDS[args.command](Inventory.load(args.inventory), args)
+    try:
+        from midstream_cli import cluster
+    except ImportError as e:
+        raise UsageError(f"{e}: pip install 'midstream[operator]', or give --inventory") from e
+    return await cluster.run(args)
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
-        return asyncio.run(COMMANDS[args.command](Inventory.load(args.inventory), args))
+        return asyncio.run(_command(args))
     except UsageError as e:
         print(f"midstream: {e}", file=sys.stderr)
         return 2

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import uvloop
 
+from midstream_runtime import prestop
 from midstream_runtime.contract.errors import Final, MidstreamError, Retryable
 from midstream_runtime.engine.client import EngineClient
 from midstream_runtime.engine.protocol import EngineInfo
@@ -42,6 +43,7 @@ class Options:
     engine: str | None
     engine_argv: Sequence[str]
     grace_s: float
+    prestop_port: int
     gateway: Settings
 
 
@@ -107,6 +109,9 @@ async def run(options: Options) -> None:
                     tasks.create_task(_keep_engine(gateway, keeper, client), name="engine"),
                     tasks.create_task(_sweep(gateway), name="sweep"),
                 ]
+                if options.prestop_port:
+                    hook = await prestop.serve(options.prestop_port, lambda: bool(gateway.answers))
+                    work.append(tasks.create_task(hook.serve_forever(), name="prestop"))
                 print(f"ready {info.model} on {options.listen[0]}:{options.listen[1]}", flush=True)
                 await stop.wait()
                 handoff.stop_listening()
@@ -162,6 +167,7 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     add("--max-body-bytes", type=int, default=8 << 20, help="largest request body (%(default)s)")
     add("--idle-s", type=float, default=75.0, help="close connections on which nothing is asked (%(default)s)")
     add("--grace-s", type=float, default=25.0, help="time for answers under way after SIGTERM (%(default)s)")
+    add("--prestop-port", type=int, default=0, help="answers the kubelet's preStop hook; 0: none (%(default)s)")
     args = parser.parse_args(argv)
     host, _, port = args.listen.rpartition(":")
     if not port.isdigit() or int(port) > 65535:
@@ -178,6 +184,7 @@ def parse(argv: Sequence[str] | None = None) -> Options:
             "--pool-slots", args.pool_slots, "--pace-ms", args.pace_ms, "--device", args.device,
         ],
         grace_s=args.grace_s,
+        prestop_port=args.prestop_port,
         gateway=Settings(args.max_body_bytes, args.idle_s, os.environ.get("MIDSTREAM_TEST_ZERO_KV") == "1"),
     )  # fmt: skip
 

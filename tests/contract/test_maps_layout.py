@@ -15,23 +15,34 @@ HEADER = Path(__file__).parents[2] / "bpf" / "midstream_maps.h"
 # Python's struct and the C members it stands for, in order
 STRUCTS = {
     "ms_flow_key": (layout.KEY, "local remote local_port remote_port"),
-    "ms_flow_ctl": (layout.CTL, "state flags snd_nxt rcv_nxt tsval peer epoch pad"),
+    "ms_flow_ctl": (layout.CTL, "state flags snd_nxt rcv_nxt tsval pad0 pad1 pad2"),
     "ms_flow_note": (
         layout.NOTE,
         "version flags seq ack window tsval tsecr data_seq data_len absorbed answered rst_seq data",
     ),
     "ms_addr_key": (layout.ADDR_KEY, "addr"),
-    "ms_addr_ctl": (layout.ADDR_CTL, "state peer epoch pad"),
+    "ms_addr_ctl": (layout.ADDR_CTL, "state flags epoch vni peer pod_ifindex pod_mac pad"),
+    "ms_conf": (layout.CONF, "nic_ifindex tunnel_ifindex probe_port nic_mac gateway_mac_v4 gateway_mac_v6 pad"),
 }
 CONSTANTS = {
     "MS_FLOW_LIVE": layout.FLOW_LIVE,
     "MS_FLOW_FROZEN": layout.FLOW_FROZEN,
     "MS_FLOW_HELD": layout.FLOW_HELD,
     "MS_FLOW_MOVED": layout.FLOW_MOVED,
-    "MS_FLOW_NOT_HERE": layout.FLOW_NOT_HERE,
+    "MS_FLOW_HERE": layout.FLOW_HERE,
     "MS_CTL_TIMESTAMPS": layout.CTL_TIMESTAMPS,
-    "MS_CTL_STEER": layout.CTL_STEER,
     "MS_ADDR_LEAVING": layout.ADDR_LEAVING,
+    "MS_ADDR_ARRIVING": layout.ADDR_ARRIVING,
+    "MS_ADDR_SETTLED": layout.ADDR_SETTLED,
+    "MS_ADDR_GONE": layout.ADDR_GONE,
+    "MS_ADDR_TUNNEL": layout.ADDR_TUNNEL,
+    "MS_ADDR_SYN_PEER": layout.ADDR_SYN_PEER,
+    "MS_ADDR_SYN_HERE": layout.ADDR_SYN_HERE,
+    "MS_ADDR_OUT_TUNNEL": layout.ADDR_OUT_TUNNEL,
+    "MS_ADDR_OUT_DIRECT": layout.ADDR_OUT_DIRECT,
+    "MS_BORN_HERE": layout.BORN_HERE,
+    "MS_BORN_PEER": layout.BORN_PEER,
+    "MS_MARK_TUNNEL": layout.MARK_TUNNEL,
     "MS_NOTE_SEG": layout.NOTE_SEG,
     "MS_NOTE_DATA": layout.NOTE_DATA,
     "MS_NOTE_RST": layout.NOTE_RST,
@@ -65,7 +76,7 @@ def test_struct_has_the_same_bytes(name: str, tmp_path: Path) -> None:
     size, *offsets = c_values(tmp_path, [f"sizeof(struct {name})", *expressions])
     assert python.size == size
     formats = re.findall(
-        r"\d*[a-zA-Z]", python.format.replace("12I", "I" * 12).replace("8I", "I" * 8).replace("4I", "I" * 4)
+        r"\d*[a-zA-Z]", re.sub(r"(\d+)I", lambda m: "I" * int(m[1]), python.format)
     )
     at = [struct.calcsize("=" + "".join(formats[:i])) for i in range(len(formats))]
     assert at == offsets
@@ -94,5 +105,7 @@ def test_maps_are_made_of_these_structs() -> None:
         "ms_flows": (layout.KEY.size, layout.CTL.size),
         "ms_notes": (layout.KEY.size, layout.NOTE.size),
         "ms_addrs": (layout.ADDR_KEY.size, layout.ADDR_CTL.size),
+        "ms_births": (layout.KEY.size, layout.BIRTH.size),
+        "ms_conf": (4, layout.CONF.size),
         "ms_counters": (4, 8),
     }

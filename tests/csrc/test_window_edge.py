@@ -22,6 +22,7 @@ BYTES = 400_000
 MTU = 9001  # some seven segments to the window of a client that has not read yet
 UNREAD = range(60_000, 100_000, 1000)
 SND_WND = 228  # offset of tcpi_snd_wnd in struct tcp_info
+SIOCOUTQNSD, TOTAL_RETRANS = 0x894B, 100  # linux/sockios.h; offset of tcpi_total_retrans
 PATTERN = random.Random(1).randbytes(BYTES)
 
 
@@ -102,3 +103,48 @@ def finish(pairs: list[tuple[socket.socket, socket.socket]], live: list[socket.s
         if time.monotonic() > end:
             stuck = [f"{old} unread: {n} of {BYTES}" for old, n in zip(UNREAD, got, strict=True) if n < BYTES]
             raise AssertionError(f"hang: {stuck}")
+
+
+SMALL_WINDOW = range(120_000, 128_000, 1000)  # bytes unread that leave a window of less than a segment
+
+
+@pytest.mark.parametrize(
+    ("thaw", "in_flight"),
+    [(False, False), (False, True), (True, True)],
+    ids=["moved-waiting", "moved-in-flight", "thawed-in-flight"],
+)
+def test_a_window_smaller_than_a_segment_is_filled_at_once(lab_of: Any, move: Any, thaw: bool, in_flight: bool) -> None:
+    """Not by a retransmission, nor by a window probe: a fresh socket's timer for both is a second or three. (A thawed
+    one that has nothing in flight keeps its own timer, as if nothing had been.)"""
+    lab = lab_of(MTU)
+    listener = lab.listen(lab.a)
+    pairs = [pair(lab, listener, n) for n in SMALL_WINDOW]
+    wait_full([client for client, _ in pairs])
+    m = move(lab, lab.a, [server for _, server in pairs])
+    m.gates[0].lose()
+    write = to_the_edge if in_flight else fill
+    sent = [write(server, n) for n, (_, server) in zip(SMALL_WINDOW, pairs, strict=True)]
+    before = m.freeze().infos()
+    none = bytes(len(pairs) * tcp.NOTE_BYTES)
+    if thaw:
+        m.thaw(none)
+        live = m.servers
+    else:
+        m.restore()
+        live = m.activate(none)
+    unsent = [not_sent(sock) for sock in live]
+    assert unsent == [i.send_bytes - i.snd_wnd for i in before]
+    assert all(0 < i.snd_wnd < MTU for i in before)
+    wait_full([client for client, _ in pairs])
+    full = [n + i.snd_wnd for n, i in zip(SMALL_WINDOW, before, strict=True)]
+    assert [unread(client) for client, _ in pairs] == full
+    assert [retransmitted(sock) for sock in live] == [0] * len(pairs)
+    finish(pairs, live, sent)
+
+
+def not_sent(sock: socket.socket) -> int:
+    return int(struct.unpack("i", fcntl.ioctl(sock.fileno(), SIOCOUTQNSD, bytes(4)))[0])
+
+
+def retransmitted(sock: socket.socket) -> int:
+    return int(struct.unpack_from("I", sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 248), TOTAL_RETRANS)[0])

@@ -368,7 +368,12 @@ class Scenario:
         """Read the captures; raises NotSetUp when a row was not what it is called."""
         at_client, injected = captures.client.packets, captures.injected[self.pair.at].packets
         for flow in self.flows.values():
-            flow.trace = Trace.of(flow.stream, at_client, injected, flow.frozen_ns)
+            stream = flow.stream
+            if not pcap.select(
+                injected, src=stream.client, sport=stream.port, dst=stream.address, after_ns=flow.frozen_ns
+            ):
+                raise NotSetUp("the test saw that it was held only when it was live again, or nothing was played")
+            flow.trace = Trace.of(stream, at_client, injected, flow.frozen_ns)
             flow.check_set_up()
         if self.name == SECOND_HOP:
             first = captures.injected[self.pair.away].packets

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import re
 import socket
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
-from lines import V4, V6, Line, Lines
+from lines import PATIENCE_S, V4, V6, Line, Lines
+from midstream_agent.hold import Hold
 
 pytest_plugins = ["lines_plugin"]
 pytestmark = pytest.mark.usefixtures("others")
@@ -22,6 +25,7 @@ FROZEN, HELD, AT_TARGET = "source.HOLD.do.after", "source.EXPORT.do.after", "sou
 PAUSED = "source.PAUSE.do.after"  # the pod has stopped, the hold does not answer yet
 ABSORBED = {FROZEN: "absorb_frozen", HELD: "absorb_held dead_drop", AT_TARGET: "absorb_held dead_drop"}
 ROLLED_BACK = "source.SEND.do.before=error"
+LATE_PORT = 20_001  # of a client; the kernel gives none below 32768 away
 EVERYWHERE = pytest.mark.parametrize("where", ABSORBED)
 
 
@@ -292,3 +296,52 @@ def test_a_syn_that_comes_before_a_rollback_is_let_in_at_the_source(lines: Lines
             coming = [lines.dial(lines.outside, address) for address in (V4, V6)]
         for sock in coming:
             lines.established(sock).greet().is_alive()
+
+
+# -- (g) a handshake that is only half done ------------------------------------------------------------------------
+
+
+@contextmanager
+def withheld(lines: Lines, port: int) -> Iterator[None]:
+    """What the client outside says after its SYN from `port` does not leave it while the block runs."""
+    rule = f"tcp sport {port} tcp flags & (syn | ack) == ack drop"
+    lines.outside.nft(f"table inet ms_late {{ chain c {{ type filter hook output priority 0; {rule}; }}\n }}")
+    try:
+        yield
+    finally:
+        lines.outside.nft("delete table inet ms_late")
+
+
+def wait_leaving(lines: Lines) -> None:
+    """Until the source lets no SYN in any more."""
+    end = time.monotonic() + PATIENCE_S
+    with Hold.open(lines.fleet.agents[lines.at].bpffs) as hold:
+        while not hold.addr_keys():
+            assert time.monotonic() < end, "SYNs are let in"
+            time.sleep(0.002)
+
+
+@pytest.mark.parametrize(("address", "port"), [(V4, LATE_PORT), (V6, LATE_PORT + 1)])
+def test_a_connection_whose_client_says_nothing_for_half_a_second_after_its_syn_moves_as_well(
+    lines: Lines, address: str, port: int
+) -> None:
+    """The client has the SYN-ACK and counts as connected; the server still waits for it when the migration begins."""
+    with lines.no_reset():
+        with withheld(lines, port):
+            late = lines.established(lines.dial(lines.outside, address, port))
+            with lines.during("source.PREPARE.do.before", delay_ms=0) as job:
+                wait_leaving(lines)
+                time.sleep(0.5)  # ten times what a round trip is taken to be
+                lines.outside.nft("flush table inet ms_late")
+                late.greet()
+        assert job.migrated() == 8 + 1, "the late one and the bystanders"
+        late.is_alive()
+
+
+def test_a_client_that_never_completes_its_handshake_does_not_keep_a_pod_from_moving(lines: Lines) -> None:
+    with lines.no_reset(), withheld(lines, LATE_PORT + 2):
+        silent = lines.established(lines.dial(lines.outside, V4, LATE_PORT + 2))
+        report = lines.moved()
+        assert int(report["streams"]["migrated"]) == 8
+        assert "1 connections whose clients did not complete the handshake" in report["output"]
+        silent.sock.close()

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from lines import PORT, V4, Line, Lines
+from lines import PORT, V4, V6, Line, Lines
 from midstream_testbed.machine import Pod
 
 pytest_plugins = ["lines_plugin"]
@@ -155,6 +155,40 @@ def test_an_address_that_leads_to_another_pod_of_the_target_s_node_is_refused(li
         assert "free it first" in refused(lines, "address_taken", "--target-pod", lines.pods[lines.away].name)
     finally:
         host.netlink(lambda ip: plumb(ip, "del"))
+
+
+def test_an_address_that_somebody_else_has_routed_at_the_target_is_refused(lines: Lines, extra: list[Pod]) -> None:
+    """By a route that is none of Midstream's, as a CNI's to a pod of its own: it must still be there afterwards."""
+    host = lines.b if lines.away == "node-b" else lines.a
+    other = pod_away(lines, extra, "taker-2")
+
+    def route(ip: Any, command: str) -> None:
+        ip.route(command, dst=f"{V4}/32", oif=ip.link_lookup(ifname=other.host_ifname)[0])
+
+    host.netlink(lambda ip: route(ip, "add"))
+    try:
+        message = refused(lines, "address_taken", "--target-pod", lines.pods[lines.away].name)
+        assert other.host_ifname in message and "free it first" in message
+    finally:
+        host.netlink(lambda ip: route(ip, "del"))  # fails when the migration has replaced or removed it
+
+
+@pytest.mark.parametrize("address", [V4, V6])
+def test_an_address_that_the_target_s_node_has_itself_is_refused(lines: Lines, address: str) -> None:
+    """A node's network set-up may take every address of the NIC for the node: packets would never reach the pod."""
+    host = lines.b if lines.away == "node-b" else lines.a
+    bits = 128 if ":" in address else 32
+
+    def own(ip: Any, command: str) -> None:
+        (index,) = ip.link_lookup(ifname="eth1")
+        extra = {"flags": 0x02} if command == "add" and bits == 128 else {}  # nodad
+        ip.addr(command, index=index, address=address, prefixlen=bits, **extra)
+
+    host.netlink(lambda ip: own(ip, "add"))
+    try:
+        assert "eth1" in refused(lines, "address_taken", "--target-pod", lines.pods[lines.away].name)
+    finally:
+        host.netlink(lambda ip: own(ip, "del"))
 
 
 def test_an_address_that_the_pod_does_not_hold_is_refused(lines: Lines) -> None:

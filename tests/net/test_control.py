@@ -2,6 +2,10 @@
 
 Without it a migration still checkpoints, ships and restores; only the BPF programs let everything pass. Bytes that
 arrive after the checkpoint are then acknowledged by nobody's queue, and packets that meet no socket draw an RST.
+
+Both runs make the same number of hops that succeed. With the hold each hop must; without it one may roll back, as
+clients go on filling the queues of paused streams, which change under the dump or outgrow it. That harms no stream and
+shows nothing, so it is not counted, and made again.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from midstream_testbed.vpc import Vpc
 from world import PORT, V4, World
 
 HOPS = 5
+TRIES = 3 * HOPS
 CLIENTS = 16
 
 
@@ -38,17 +43,33 @@ def taken_back(packets: list[Packet]) -> int:
     return total
 
 
+def hop_until_enough(world: World, tries: int) -> None:
+    """Make HOPS hops that succeed, in at most `tries`."""
+    left, rolled_back = HOPS, []
+    for _ in range(tries):
+        time.sleep(0.15)  # streams go on between two hops
+        report = world.hop()
+        if report["phase"] == "PHASE_SUCCEEDED":
+            left -= 1
+        else:
+            rolled_back.append(f"{report['phase']} {report.get('reason')}: {report.get('message')}")
+        if not left:
+            break
+    for why in rolled_back:
+        print(f"\nnot counted: {why}", end="")
+    assert not left, f"{left} of {HOPS} hops are missing after {tries} tries: {rolled_back}"
+    assert all(why.startswith("PHASE_ROLLED_BACK") for why in rolled_back)
+
+
 def run(folder: Path, without_hold: bool) -> Outcome:
     """Uploads and downloads from outside the VPC while the pod's streams hop, and what their capture shows."""
     with Vpc.create() as vpc, Fleet(vpc, folder, without_hold=without_hold) as fleet:
         world = World.build(vpc, fleet)
         with world.outside.capture(expression=f"tcp port {PORT}", snaplen=160) as capture:
-            options: dict[str, Any] = {"address": V4, "kind": "both", "size": 4_000_000, "seconds": 4.0, "idle_s": 8}
+            options: dict[str, Any] = {"address": V4, "kind": "both", "size": 4_000_000, "seconds": 6.0, "idle_s": 8}
             clients = world.clients(world.outside, CLIENTS, 500, **options)
             world.wait_streams(V4, CLIENTS)
-            for _ in range(HOPS):
-                time.sleep(0.15)  # streams go on between two hops
-                assert world.hop()["phase"] == "PHASE_SUCCEEDED"
+            hop_until_enough(world, tries=TRIES if without_hold else HOPS)
             result = clients.finish()
         assert result["ok"] + len(result["errors"]) == CLIENTS
         assert capture.dropped == 0

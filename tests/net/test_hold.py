@@ -24,6 +24,7 @@ from midstream_testbed.capture import Capture
 
 HOLD_S = 900.0 if os.environ.get("LONG") == "1" else 60.0
 CHUNKS = {"blocked": 65_536, "now and then": 300}  # bytes a write: until the buffer is full, or every two seconds
+pytestmark = pytest.mark.timeout(HOLD_S + 600)  # the first test waits for the fixture, which holds
 AT = {"held-here": "source.EXPORT.do.after", "held-there": "source.MOVE_ADDRESS.do.after"}
 
 

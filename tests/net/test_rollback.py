@@ -322,6 +322,25 @@ def test_a_target_pod_that_does_not_answer_refuses_the_streams(world: World, str
     streams.unharmed()
 
 
+def test_a_pod_that_is_too_busy_when_the_source_agent_starts_again_is_asked_until_it_answers(
+    world: World, streams: Streams
+) -> None:
+    """Given up after one try, its streams would stay held for ever, and SYNs silenced."""
+    pod = world.fleet.pods[world.source.name].process
+    job = kill_at(world, world.at, "source.EXPORT.do.after")
+    os.kill(pod.pid, signal.SIGSTOP)
+    try:
+        world.restart_if_dead()
+        agent, end = world.agent(world.at), time.monotonic() + 30
+        while "not taken up yet: handoff_timeout" not in agent.log:
+            assert time.monotonic() < end, agent.log
+            time.sleep(0.05)
+    finally:
+        os.kill(pod.pid, signal.SIGCONT)
+    assert world.wait_job(job) == "RolledBack"
+    streams.unharmed()
+
+
 def test_a_target_pod_of_another_kind_is_refused_by_name(world: World, streams: Streams, tmp_path: Path) -> None:
     """The workload is the same by its label; what the pod says of itself is not."""
     host = world.agent(world.away).host

@@ -126,5 +126,27 @@ def test_a_failpoint_fires_once_and_tells_where(ctx: Ctx, tmp_path: Path, monkey
 
 
 def test_an_unknown_failpoint_action_is_refused() -> None:
-    with pytest.raises(ValueError, match="kill, error, hang or delay"):
+    with pytest.raises(ValueError, match="kill, error, hang, wait or delay"):
         failpoints.arm("source.B.do.after=explode")
+
+
+def test_a_failpoint_that_waits_goes_on_as_it_is_armed_next(
+    ctx: Ctx, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "arm"
+    monkeypatch.setenv("MIDSTREAM_FAILPOINT_FILE", str(file))
+    monkeypatch.setenv("MIDSTREAM_FAILPOINT_LOG", str(tmp_path / "fired"))
+    failpoints.arm("source.B.do.before=wait")
+
+    async def step_by_step() -> None:
+        job = asyncio.create_task(saga.run(STEPS, ctx, saga.Clock()))
+        while not (tmp_path / "fired").exists():
+            await asyncio.sleep(0)
+        assert ctx.log == ["A.do"]
+        file.write_text("source.B.do.before=error")
+        with pytest.raises(saga.Failed) as e:
+            await job
+        assert e.value.step == "B" and not file.exists()
+
+    asyncio.run(step_by_step())
+    assert "B.do" not in ctx.log

@@ -473,6 +473,7 @@ class JobReport(_message.Message):
     UNMOVABLE_REASONS_FIELD_NUMBER: _builtins.int
     POINT_OF_NO_RETURN_MS_FIELD_NUMBER: _builtins.int
     QUEUES_FIELD_NUMBER: _builtins.int
+    BATCHES_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     phase: Global___Phase.ValueType
     reason: _builtins.str
@@ -499,6 +500,8 @@ class JobReport(_message.Message):
     def unmovable_reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def queues(self) -> Global___QueueCounts: ...
+    @_builtins.property
+    def batches(self) -> _containers.RepeatedCompositeFieldContainer[Global___BatchReport]: ...
     def __init__(
         self,
         *,
@@ -519,14 +522,52 @@ class JobReport(_message.Message):
         unmovable_reasons: _abc.Iterable[_builtins.str] | None = ...,
         point_of_no_return_ms: _builtins.float = ...,
         queues: Global___QueueCounts | None = ...,
+        batches: _abc.Iterable[Global___BatchReport] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["kv", b"kv", "queues", b"queues", "streams", b"streams"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_bytes", b"checkpoint_bytes", "checkpoint_us", b"checkpoint_us", "hold_ms", b"hold_ms", "job_id", b"job_id", "kv", b"kv", "message", b"message", "phase", b"phase", "point_of_no_return_ms", b"point_of_no_return_ms", "queues", b"queues", "reason", b"reason", "restore_us", b"restore_us", "source_node", b"source_node", "steps", b"steps", "streams", b"streams", "switchover", b"switchover", "target_node", b"target_node", "unmovable_reasons", b"unmovable_reasons"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batches", b"batches", "checkpoint_bytes", b"checkpoint_bytes", "checkpoint_us", b"checkpoint_us", "hold_ms", b"hold_ms", "job_id", b"job_id", "kv", b"kv", "message", b"message", "phase", b"phase", "point_of_no_return_ms", b"point_of_no_return_ms", "queues", b"queues", "reason", b"reason", "restore_us", b"restore_us", "source_node", b"source_node", "steps", b"steps", "streams", b"streams", "switchover", b"switchover", "target_node", b"target_node", "unmovable_reasons", b"unmovable_reasons"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___JobReport: _TypeAlias = JobReport  # noqa: Y015
+
+@_typing.final
+class BatchReport(_message.Message):
+    """Streams that were held, shipped and activated together."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STREAMS_FIELD_NUMBER: _builtins.int
+    START_MS_FIELD_NUMBER: _builtins.int
+    HOLD_MS_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    streams: _builtins.int
+    start_ms: _builtins.float
+    """PAUSE, since the job began"""
+    hold_ms: _builtins.float
+    """gate shut -> target activated"""
+    outcome: _builtins.str
+    """moved | rolled back | lost"""
+    reason: _builtins.str
+    """of the latter two"""
+    def __init__(
+        self,
+        *,
+        streams: _builtins.int = ...,
+        start_ms: _builtins.float = ...,
+        hold_ms: _builtins.float = ...,
+        outcome: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hold_ms", b"hold_ms", "outcome", b"outcome", "reason", b"reason", "start_ms", b"start_ms", "streams", b"streams"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BatchReport: _TypeAlias = BatchReport  # noqa: Y015
 
 @_typing.final
 class MigrateEvent(_message.Message):
@@ -999,6 +1040,8 @@ class PeerPrepare(_message.Message):
     MTU_BYTES_FIELD_NUMBER: _builtins.int
     POD_KIND_FIELD_NUMBER: _builtins.int
     DEADLINE_UNIX_MS_FIELD_NUMBER: _builtins.int
+    TUNNEL_FIELD_NUMBER: _builtins.int
+    PART_OF_FIELD_NUMBER: _builtins.int
     model_fingerprint: _builtins.str
     """empty: the pod has no model"""
     pool_fingerprint: _builtins.str
@@ -1007,6 +1050,8 @@ class PeerPrepare(_message.Message):
     mtu_bytes: _builtins.int
     pod_kind: _builtins.str
     deadline_unix_ms: _builtins.int
+    part_of: _builtins.str
+    """a further batch of this job, which has prepared addresses and tunnel already"""
     @_builtins.property
     def pod(self) -> Global___PodRef:
         """the target pod"""
@@ -1021,6 +1066,10 @@ class PeerPrepare(_message.Message):
     def ports(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """local ports of the streams: the target must listen there"""
 
+    @_builtins.property
+    def tunnel(self) -> Global___PeerTunnel:
+        """the source can steer; absent: switchover Wait"""
+
     def __init__(
         self,
         *,
@@ -1034,14 +1083,40 @@ class PeerPrepare(_message.Message):
         mtu_bytes: _builtins.int = ...,
         pod_kind: _builtins.str = ...,
         deadline_unix_ms: _builtins.int = ...,
+        tunnel: Global___PeerTunnel | None = ...,
+        part_of: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["pod", b"pod"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["pod", b"pod", "tunnel", b"tunnel"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "deadline_unix_ms", b"deadline_unix_ms", "families", b"families", "kv_slots", b"kv_slots", "model_fingerprint", b"model_fingerprint", "mtu_bytes", b"mtu_bytes", "pod", b"pod", "pod_kind", b"pod_kind", "pool_fingerprint", b"pool_fingerprint", "ports", b"ports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "deadline_unix_ms", b"deadline_unix_ms", "families", b"families", "kv_slots", b"kv_slots", "model_fingerprint", b"model_fingerprint", "mtu_bytes", b"mtu_bytes", "part_of", b"part_of", "pod", b"pod", "pod_kind", b"pod_kind", "pool_fingerprint", b"pool_fingerprint", "ports", b"ports", "tunnel", b"tunnel"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PeerPrepare: _TypeAlias = PeerPrepare  # noqa: Y015
+
+@_typing.final
+class PeerTunnel(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    VNI_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    """of the sender's end"""
+    vni: _builtins.int
+    """24 bits, the source's choice, both ways"""
+    def __init__(
+        self,
+        *,
+        address: _builtins.str = ...,
+        vni: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "vni", b"vni"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PeerTunnel: _TypeAlias = PeerTunnel  # noqa: Y015
 
 @_typing.final
 class PeerPrepared(_message.Message):
@@ -1049,18 +1124,24 @@ class PeerPrepared(_message.Message):
 
     NODE_ADDRESSES_FIELD_NUMBER: _builtins.int
     KV_SLOTS_FREE_FIELD_NUMBER: _builtins.int
+    TUNNEL_FIELD_NUMBER: _builtins.int
     kv_slots_free: _builtins.int
     @_builtins.property
     def node_addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def tunnel(self) -> Global___PeerTunnel:
+        """the target can, too, and has steered nothing yet"""
+
     def __init__(
         self,
         *,
         node_addresses: _abc.Iterable[_builtins.str] | None = ...,
         kv_slots_free: _builtins.int = ...,
+        tunnel: Global___PeerTunnel | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["tunnel", b"tunnel"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_slots_free", b"kv_slots_free", "node_addresses", b"node_addresses"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_slots_free", b"kv_slots_free", "node_addresses", b"node_addresses", "tunnel", b"tunnel"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1329,3 +1410,79 @@ class PeerFinished(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PeerFinished: _TypeAlias = PeerFinished  # noqa: Y015
+
+@_typing.final
+class NoticesRequest(_message.Message):
+    """---- notices --------------------------------------------------------------"""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NoticesRequest: _TypeAlias = NoticesRequest  # noqa: Y015
+
+@_typing.final
+class Notice(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class DetailsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    KIND_FIELD_NUMBER: _builtins.int
+    INSTANCE_ID_FIELD_NUMBER: _builtins.int
+    ISSUED_UNIX_MS_FIELD_NUMBER: _builtins.int
+    DEADLINE_UNIX_MS_FIELD_NUMBER: _builtins.int
+    DETAILS_FIELD_NUMBER: _builtins.int
+    WITHDRAWN_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    """as in the operator: SpotInterruption, Rebalance, Maintenance, Lifecycle"""
+    instance_id: _builtins.str
+    issued_unix_ms: _builtins.int
+    """0: not said"""
+    deadline_unix_ms: _builtins.int
+    """0: none"""
+    withdrawn: _builtins.bool
+    """it was said before and is not any more, e.g. maintenance that was cancelled"""
+    @_builtins.property
+    def details(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        instance_id: _builtins.str = ...,
+        issued_unix_ms: _builtins.int = ...,
+        deadline_unix_ms: _builtins.int = ...,
+        details: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        withdrawn: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_unix_ms", b"deadline_unix_ms", "details", b"details", "instance_id", b"instance_id", "issued_unix_ms", b"issued_unix_ms", "kind", b"kind", "withdrawn", b"withdrawn"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Notice: _TypeAlias = Notice  # noqa: Y015

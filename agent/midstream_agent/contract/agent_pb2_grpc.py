@@ -74,6 +74,11 @@ class AgentStub:
                 request_serializer=midstream__agent_dot_contract_dot_agent__pb2.DoctorRequest.SerializeToString,
                 response_deserializer=midstream__agent_dot_contract_dot_agent__pb2.DoctorReply.FromString,
                 _registered_method=True)
+        self.Notices = channel.unary_stream(
+                '/midstream.agent.v1.Agent/Notices',
+                request_serializer=midstream__agent_dot_contract_dot_agent__pb2.NoticesRequest.SerializeToString,
+                response_deserializer=midstream__agent_dot_contract_dot_agent__pb2.Notice.FromString,
+                _registered_method=True)
 
 
 class AgentServicer:
@@ -129,6 +134,13 @@ class AgentServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Notices(self, request, context):
+        """What this node's instance metadata says of its end: all that stands now, then each change; never ends by itself.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AgentServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -171,6 +183,11 @@ def add_AgentServicer_to_server(servicer, server):
                     servicer.Doctor,
                     request_deserializer=midstream__agent_dot_contract_dot_agent__pb2.DoctorRequest.FromString,
                     response_serializer=midstream__agent_dot_contract_dot_agent__pb2.DoctorReply.SerializeToString,
+            ),
+            'Notices': grpc.unary_stream_rpc_method_handler(
+                    servicer.Notices,
+                    request_deserializer=midstream__agent_dot_contract_dot_agent__pb2.NoticesRequest.FromString,
+                    response_serializer=midstream__agent_dot_contract_dot_agent__pb2.Notice.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -389,6 +406,33 @@ class Agent:
             '/midstream.agent.v1.Agent/Doctor',
             midstream__agent_dot_contract_dot_agent__pb2.DoctorRequest.SerializeToString,
             midstream__agent_dot_contract_dot_agent__pb2.DoctorReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Notices(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/midstream.agent.v1.Agent/Notices',
+            midstream__agent_dot_contract_dot_agent__pb2.NoticesRequest.SerializeToString,
+            midstream__agent_dot_contract_dot_agent__pb2.Notice.FromString,
             options,
             channel_credentials,
             insecure,

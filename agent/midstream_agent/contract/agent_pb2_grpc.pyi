@@ -53,6 +53,8 @@ class AgentStub:
     DeclareGone: _grpc.UnaryUnaryMultiCallable[_agent_pb2.DeclareGoneRequest, _agent_pb2.DeclareGoneReply]
     """The only way to be told that a silent node is gone for good."""
     Doctor: _grpc.UnaryUnaryMultiCallable[_agent_pb2.DoctorRequest, _agent_pb2.DoctorReply]
+    Notices: _grpc.UnaryStreamMultiCallable[_agent_pb2.NoticesRequest, _agent_pb2.Notice]
+    """What this node's instance metadata says of its end: all that stands now, then each change; never ends by itself."""
 
 @_typing.type_check_only
 class AgentAsyncStub(AgentStub):
@@ -67,6 +69,8 @@ class AgentAsyncStub(AgentStub):
     DeclareGone: _aio.UnaryUnaryMultiCallable[_agent_pb2.DeclareGoneRequest, _agent_pb2.DeclareGoneReply]  # type: ignore[assignment]
     """The only way to be told that a silent node is gone for good."""
     Doctor: _aio.UnaryUnaryMultiCallable[_agent_pb2.DoctorRequest, _agent_pb2.DoctorReply]  # type: ignore[assignment]
+    Notices: _aio.UnaryStreamMultiCallable[_agent_pb2.NoticesRequest, _agent_pb2.Notice]  # type: ignore[assignment]
+    """What this node's instance metadata says of its end: all that stands now, then each change; never ends by itself."""
 
 class AgentServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -126,6 +130,14 @@ class AgentServicer(metaclass=_abc_1.ABCMeta):
         request: _agent_pb2.DoctorRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_agent_pb2.DoctorReply, _abc.Awaitable[_agent_pb2.DoctorReply]]: ...
+
+    @_abc_1.abstractmethod
+    def Notices(
+        self,
+        request: _agent_pb2.NoticesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_agent_pb2.Notice], _abc.AsyncIterator[_agent_pb2.Notice]]:
+        """What this node's instance metadata says of its end: all that stands now, then each change; never ends by itself."""
 
 def add_AgentServicer_to_server(servicer: AgentServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 

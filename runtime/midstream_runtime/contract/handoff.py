@@ -19,7 +19,7 @@ Linux takes at most 253 a message (SCM_MAX_FD), so a reply with more is several 
 | streams | addresses | streams: id, local, remote, movable, reason, tokens, kv_bytes | nothing |
 | kv | job, addresses, known (pairs of stream id, blocks) | streams (id, count); payload: BLOCKs | names full blocks \
 (those not known) of streams that go on, some thousands at most; they stay until the job's next `kv`, or `kv_end` |
-| pause | job, addresses, exclude | streams, kv; payload: state; fds: sockets | freezes them at a token boundary |
+| pause | job, addresses, exclude, streams | streams, kv; payload: state; fds | freezes them at a token boundary |
 | resume | job | | goes on as if nothing had happened; also ends `prepare` |
 | release | job | | closes its copies and forgets the requests |
 | blank | job, families (4 or 6) | fds: sockets, unbound | makes them; asked again it replaces them |
@@ -34,7 +34,7 @@ Linux takes at most 253 a message (SCM_MAX_FD), so a reply with more is several 
 | fds | job | fds | the sockets of a paused or staged job again, for an agent that restarted |
 | status | | connections, jobs | nothing |
 
-The four `kv` requests came with version 2; to a pod of version 1 the agent brings KV at the pause only. They belong to
+The `kv` requests came with version 3; to an older pod the agent brings KV at the pause only. They belong to
 the agent's connection and end with it. A BLOCK is u32 slot (0 in `kv_land`, whose header names them), 32 bytes of hash,
 16 of checksum. In the reply to `pause`, `kv` is a list of {slot, bytes, checksum, hash}, hash empty for a block that
 is not full.
@@ -51,7 +51,8 @@ from typing import Any
 
 from midstream_runtime.contract.errors import Final
 
-VERSION = 2
+VERSION = 3
+"""2: `pause` takes some of the streams, so that a pod's streams move in batches. 3: KV while streams go on."""
 MIN_VERSION = 1
 """The oldest version that this side still understands."""
 
@@ -61,7 +62,7 @@ MAX_PAYLOAD_BYTES = 256 << 20
 MAX_KV_BLOCKS = 2048
 """Named in one reply to `kv`: reading their entries takes the pod a few milliseconds."""
 BLOCK = struct.Struct("<I32s16s")
-KV_VERSION = 2
+KV_VERSION = 3
 """The first version with the `kv` requests."""
 DEFAULT_PATH = "/run/midstream/handoff.sock"
 

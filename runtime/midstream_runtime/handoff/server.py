@@ -247,10 +247,11 @@ class Handoff:
 
     def _on_addresses(self, header: dict[str, Any]) -> list[Connection]:
         wanted, excluded = set(header["addresses"]), set(header.get("exclude", ()))
+        only = set(header["streams"]) if "streams" in header else None
         frozen = {c.id for job in self._jobs.values() for c in job.connections}
         found = []
         for connection in self.connections.values():
-            if connection.id in excluded or connection.id in frozen:
+            if connection.id in excluded or connection.id in frozen or (only is not None and connection.id not in only):
                 continue
             if connection.local()[0] in wanted:
                 found.append(connection)

@@ -26,12 +26,18 @@ KILL_PATIENCE_S = 10.0
 
 
 def _start_time(pid: int) -> str | None:
-    """Field 22 of /proc/PID/stat: with the pid it names a process for as long as the machine is up."""
+    """Field 22 of /proc/PID/stat: with the pid it names a process for as long as the machine is up. None when it
+    has ended, also while nobody has reaped it."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    return stat.rpartition(")")[2].split()[19]
+    fields = stat.rpartition(")")[2].split()
+    return None if fields[0] in "ZX" else fields[19]
+
+
+def is_running(pid: int) -> bool:
+    return _start_time(pid) is not None
 
 
 def claim() -> tuple[str, Path]:

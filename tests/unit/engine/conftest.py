@@ -81,7 +81,7 @@ def start_engine(tmp_path: Path) -> Iterator[StartEngine]:
     for process in processes:
         process.terminate()
     for process in processes:
-        process.wait(timeout=20)
+        process.wait(timeout=60)
 
 
 def _await_listening(process: subprocess.Popen[bytes], path: str) -> None:

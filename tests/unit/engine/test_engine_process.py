@@ -197,7 +197,7 @@ def test_death_of_the_engine_is_told_to_everyone(start_engine: Any) -> None:
             await client.stats()
         assert [error.code for error in lost] == ["engine_lost"]
         await client.close()
-        start_engine.processes[0].wait(timeout=20)  # its listener may be closed after the connection
+        start_engine.processes[0].wait(timeout=60)  # its listener may be closed after the connection
         with pytest.raises(Retryable, match="engine_unreachable"):
             await EngineClient.connect(path)
 

@@ -1,0 +1,200 @@
+"""Further batches of a job (switchover Steer): each is held, shipped and activated by itself.
+
+A client stalls for its batch, not for all; a batch that fails goes back to life at the source, and the others are
+none the worse. Each has a journal, a handoff connection and a point of no return of its own, and is a job of its own
+to the target and to the pod, called JOB~2, JOB~3, ...: the steps are those of the first one, without what the job
+has done for all (addresses, tunnel, listing).
+
+Some run at a time (`Limits.parallel_batches`): while one is restored at the target the next is frozen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+
+from midstream_runtime.contract.errors import Final, MidstreamError
+
+from midstream_agent import pods, saga, source, tcp
+from midstream_agent.contract import agent_pb2 as pb
+from midstream_agent.handoff import HandoffClient
+from midstream_agent.journal import Journal
+from midstream_agent.peer import PeerSession
+from midstream_agent.source import SourceJob
+from midstream_agent.target import fds_of
+
+log = logging.getLogger(__name__)
+
+
+async def move_rest(job: SourceJob) -> None:
+    """BATCHES: begin the address move, then take batch after batch until nothing movable is left."""
+    await source.let_go(job)
+    if not job.moving:
+        await source.begin_move(job)
+    add_report(job, job, "lost" if job.lost else "moved", job.lost)
+    numbers = itertools.count(2)
+    size = job.node.settings.limits.batch_streams
+    while True:
+        streams = [] if job.stopped else await source.remaining_streams(job)
+        if not streams:
+            break
+        groups = [streams[i : i + size] for i in range(0, len(streams), size)]
+        queue = [(next(numbers), group) for group in groups]
+        workers = min(job.node.settings.limits.parallel_batches, len(queue))
+        await asyncio.gather(*(_worker(job, queue) for _ in range(workers)))
+
+
+async def _worker(job: SourceJob, queue: list[tuple[int, list[dict[str, object]]]]) -> None:
+    """One session with the target serves batch after batch: a TLS handshake takes longer than a batch."""
+    session: PeerSession | None = None
+    try:
+        while queue and not job.stopped:
+            number, streams = queue.pop(0)
+            batch = await _make(job, number, streams, session)
+            session = batch.peer
+            await _run(job, batch)
+    finally:
+        if session is not None:
+            await session.close()
+
+
+async def _make(
+    job: SourceJob, number: int, streams: list[dict[str, object]], session: PeerSession | None
+) -> SourceJob:
+    request = pb.MigrateRequest()
+    request.CopyFrom(job.request)
+    request.job_id = f"{job.request.job_id}~{number}"
+    facts = {"request": request.SerializeToString().hex(), "part_of": job.request.job_id}
+    journal = Journal.create(job.node.journal_folder, "source", request.job_id, facts)
+    batch = child(job, request, journal)
+    batch.only = [int(str(s["id"])) for s in streams]
+    batch.listed = streams
+    batch.peer = session
+    return batch
+
+
+def child(job: SourceJob, request: pb.MigrateRequest, journal: Journal) -> SourceJob:
+    """A batch of `job`, not begun."""
+
+    def notify(event: pb.MigrateEvent) -> None:
+        event.message = f"batch {request.job_id.rpartition('~')[2]}: {event.message}".rstrip(": ")
+        job.notify(event)
+
+    batch = SourceJob(job.node, request, journal, notify, clock=job.clock.fork(), parent=job)
+    batch.report.phase = pb.PHASE_COMMITTING
+    batch.at, batch.hello, batch.pool = job.at, dict(job.hello), job.pool
+    batch.addresses, batch.transit, batch.excluded = job.addresses, job.transit, job.excluded
+    batch.target_addresses = job.target_addresses
+    return batch
+
+
+async def _run(job: SourceJob, batch: SourceJob) -> None:
+    """The batch's own saga. What it could not move is not tried again in this job."""
+    from midstream_agent.steps import BATCH_STEPS
+
+    try:
+        await saga.run(BATCH_STEPS, batch, batch.clock)
+        add_report(job, batch, "lost" if batch.lost else "moved", batch.lost)
+    except saga.Failed as e:
+        add_report(job, batch, "rolled back", e.cause)
+        job.excluded |= set(batch.only or ())
+        if e.cause.code in ("aborted", "deadline_passed"):
+            job.stopped = True
+    finally:
+        job.moved_keys += batch.moved_keys
+        batch.close()
+    batch.journal.remove()
+
+
+async def take_up(batch: SourceJob, job: SourceJob) -> None:
+    """After a restart of the agent: connections, and the batch's sockets out of the pod."""
+    at = batch.at
+    assert at is not None
+    sock = pods.connect_handoff(at.pod, batch.node.settings.handoff_path)
+    batch.handoff = HandoffClient(sock, batch.node.settings.timeouts.handoff_s)
+    await take_up_sockets(batch)
+
+
+async def take_up_sockets(job: SourceJob) -> None:
+    """What a dead process of this boot held of a job or batch, by its journal."""
+    sent, commit = job.journal.decided("SENT"), job.journal.decided("COMMIT")
+    job.peer = session_for(job)
+    job.peer.was_boot_id = str(sent["boot_id"]) if sent else ""
+    job.discarded = sent is None
+    _, handoff = job.live_pod()
+    if job.journal.began("PAUSE"):
+        job.fds = await fds_of(handoff, job.request.job_id)
+        job.keys = tcp.flow_keys(job.fds)
+    if commit:
+        job.keys = commit["keys"]
+
+
+async def open_batch(batch: SourceJob) -> None:
+    """A connection to the pod, a hello to the target, blank sockets."""
+    assert batch.parent is not None and batch.parent.peer is not None
+    settings = batch.node.settings
+    at = batch.at
+    assert at is not None
+    sock = pods.connect_handoff(at.pod, settings.handoff_path)
+    batch.handoff = HandoffClient(sock, settings.timeouts.handoff_s)
+    if batch.peer is None:
+        batch.peer = session_for(batch)
+        await batch.peer.open()
+    else:
+        await batch.peer.rename(batch.request.job_id)
+    batch.peer.was_boot_id = batch.parent.peer.was_boot_id
+    await source.ask_prepare(batch, batch.listed)
+
+
+def session_for(batch: SourceJob) -> PeerSession:
+    request, node = batch.request, batch.node
+    to = request.target_node
+    return PeerSession(node.settings, to.name, to.endpoint, request.job_id, request.epoch, node.boot_id)
+
+
+async def close_batch(batch: SourceJob) -> None:
+    """What the target made ready ends with the session, or with the next hello on it."""
+
+
+async def finish_batch(batch: SourceJob) -> None:
+    """LET_GO: the sockets are closed, the target forgets the batch."""
+    await source.let_go(batch)
+    if batch.peer is not None and not batch.gone():
+        try:
+            await batch.peer.ask(pb.PeerRequest(finish=pb.PeerFinish()))
+        except MidstreamError as e:
+            log.info("batch %s: the target did not hear the end: %s", batch.request.job_id, e)
+    batch.journal.decide("RELEASED")
+
+
+def add_report(job: SourceJob, batch: SourceJob, outcome: str, cause: MidstreamError | None) -> None:
+    """Add what became of a batch to the job's report; the first batch's own numbers are there already."""
+    report, part = job.report, batch.report
+    count = len(batch.keys) // tcp.KEY_BYTES or len(batch.only or ())
+    reason = cause.code if cause else ""
+    report.batches.add(
+        streams=count, start_ms=batch.paused_ms, hold_ms=part.hold_ms, outcome=outcome, reason=reason
+    )
+    if batch is job:
+        return
+    report.hold_ms = max(report.hold_ms, part.hold_ms)
+    report.checkpoint_bytes += part.checkpoint_bytes
+    report.kv.bytes_sent += part.kv.bytes_sent
+    report.kv.bytes_total += part.kv.bytes_total
+    report.streams.migrated += part.streams.migrated
+    report.streams.lost += part.streams.lost
+    report.streams.unmovable += part.streams.unmovable
+    report.queues.with_bytes += part.queues.with_bytes
+    report.queues.bytes += part.queues.bytes
+    for i, n in enumerate(part.queues.histogram):
+        report.queues.histogram[i] += n
+    if outcome == "rolled back":
+        report.streams.rolled_back += count
+        job.failed = job.failed or Final(cause.code if cause else "internal", _why(cause, count))
+    elif cause is not None:
+        job.lost = job.lost or Final(cause.code, cause.message)
+
+
+def _why(cause: MidstreamError | None, count: int) -> str:
+    return f"a batch of {count} streams went back to the source, which serves it as long as it lives: {cause}"

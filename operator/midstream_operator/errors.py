@@ -1,0 +1,33 @@
+"""The error tree of the operator, and how its names look in a status.
+
+OperatorError
++-- Retryable   the same attempt may succeed later, or elsewhere
++-- Final       it will not, until somebody changes something; the message says what
+
+Codes are snake_case, like the agents' (docs/errors.md lists both). In a status they are a condition's `reason`,
+which the Kubernetes API wants in CamelCase: `reason_of`.
+"""
+
+from __future__ import annotations
+
+
+class OperatorError(Exception):
+    """`code` is stable and for programs, `message` tells a person what to do."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(f"{code}: {message}")
+        self.code = code
+        self.message = message
+
+
+class Retryable(OperatorError):
+    pass
+
+
+class Final(OperatorError):
+    pass
+
+
+def reason_of(code: str) -> str:
+    """`deadline_passed` -> `DeadlinePassed`: the code as a condition's reason."""
+    return "".join(word[:1].upper() + word[1:] for word in code.split("_"))

@@ -1,0 +1,198 @@
+"""A thousand migrations at once in a cluster with thirty thousand pods that are none of the operator's business: how
+soon each is planned, what it costs the API server, and the operator's memory. Writes build/bench/operator.json.
+
+The API server is real, nodes and pods are objects, the agents are simulated (tests/cluster/simulated_agents.py: the
+real gRPC with mutual TLS, in another process). All jobs are created as fast as eight connections can.
+
+    python tests/bench/bench_operator.py [--jobs 1000] [--foreign 30000]
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import http.client
+import json
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / p) for p in ("operator", "agent", "runtime", "tests/testbed", "tests/cluster")]
+
+import rows  # noqa: E402
+from cluster_world import ACCOUNT, Place, World, wait_for  # noqa: E402
+from midstream_testbed.cluster import BINARIES  # noqa: E402
+
+CONNECTIONS = 8
+PODS_PER_NODE = 20
+Json = dict[str, Any]
+
+
+class Writers:
+    """Kept connections to the API server: a TLS handshake costs more than the request."""
+
+    def __init__(self, world: World) -> None:
+        self._plane = world.plane
+        self._own = threading.local()
+
+    def request(self, method: str, path: str, body: Json, content: str = "application/json") -> Json:
+        connection: http.client.HTTPSConnection | None = getattr(self._own, "connection", None)
+        if connection is None:
+            connection = self._own.connection = http.client.HTTPSConnection(
+                "127.0.0.1", self._plane.port, context=self._plane.context(), timeout=60
+            )
+        connection.request(method, path, json.dumps(body), {"Content-Type": content})
+        answer = connection.getresponse()
+        data: Json = json.loads(answer.read())
+        if answer.status >= 300:
+            raise RuntimeError(f"{method} {path}: {answer.status} {data.get('message')}")
+        return data
+
+    def all(self, work: Callable[[int], object], numbers: Iterable[int]) -> None:
+        with ThreadPoolExecutor(CONNECTIONS) as pool:
+            list(pool.map(work, numbers))
+
+
+def pod(name: str, node: str, labels: Json) -> Json:
+    containers = [{"name": "c", "image": "none"}]
+    return {"metadata": {"name": name, "labels": labels}, "spec": {"nodeName": node, "containers": containers}}
+
+
+class Fleet:
+    """Half of the nodes serve, the other half could take over."""
+
+    def __init__(self, world: World, place: Place, jobs: int) -> None:
+        self.world, self.place, self.jobs = world, place, jobs
+        self.writers = Writers(world)
+        self.nodes = [f"n{i:03}" for i in range(max(1, jobs // PODS_PER_NODE))]
+        self.uids: dict[str, tuple[str, str]] = {}
+
+    def build(self, foreign: int) -> None:
+        for name in [*self.nodes, *(f"{n}-t" for n in self.nodes)]:
+            self.world.add_node(name)
+        self.writers.all(self._serving, range(self.jobs))
+        self.writers.all(self._target, range(len(self.nodes)))
+        for node, uid in self.uids.values():
+            self.world.agents.do("pod", node=node, uid=uid)
+        self.writers.all(self._foreign, range(foreign))
+
+    def _serving(self, i: int) -> None:
+        labels = {"midstream.dev/enabled": "true", "midstream.dev/workload": "llm", "serves": f"s{i}"}
+        self._made(f"s{i}", self.nodes[i % len(self.nodes)], labels)
+
+    def _target(self, i: int) -> None:
+        labels = {"midstream.dev/enabled": "true", "midstream.dev/workload": "llm", "serves": "nothing"}
+        self._made(f"t{i}", f"{self.nodes[i]}-t", labels)
+
+    def _made(self, name: str, node: str, labels: Json) -> None:
+        pods = self.place.path("pods", "", "v1")
+        made = self.writers.request("POST", pods, pod(name, node, labels))
+        conditions = [{"type": "Ready", "status": "True"}]
+        status = {"status": {"phase": "Running", "podIP": "10.1.0.1", "conditions": conditions}}
+        self.writers.request("PATCH", f"{pods}/{name}/status", status, "application/merge-patch+json")
+        self.uids[name] = node, str(made["metadata"]["uid"])
+
+    def _foreign(self, i: int) -> None:
+        self.writers.request("POST", self.place.path("pods", "", "v1"), pod(f"f{i}", self.nodes[0], {"app": "other"}))
+
+    def attach(self) -> float:
+        """A floating address for each; the seconds until all are Ready."""
+        began = time.monotonic()
+        self.writers.all(self._fip, range(self.jobs))
+        wait_for("addresses", lambda: self._count("floatingips", _ready) == self.jobs, 600)
+        return time.monotonic() - began
+
+    def _fip(self, i: int) -> None:
+        selector = {"matchLabels": {"serves": f"s{i}"}}
+        spec = {"pool": "large", "provider": "l2", "podSelector": selector}
+        self.writers.request("POST", self.place.path("floatingips"), self._object("FloatingIP", f"a{i}", spec))
+
+    def _object(self, kind: str, name: str, spec: Json) -> Json:
+        return {"apiVersion": "midstream.dev/v1alpha1", "kind": kind, "metadata": {"name": name}, "spec": spec}
+
+    def _count(self, plural: str, good: Callable[[Json], bool]) -> int:
+        return sum(good(o) for o in self.world.plane.request("GET", self.place.path(plural))["items"])
+
+    def migrate(self) -> tuple[dict[str, float], float]:
+        """Seconds from each job's creation until its plan was seen, and until the last one has succeeded."""
+        created: dict[str, float] = {}
+        planned: dict[str, float] = {}
+        began = time.monotonic()
+
+        def create(i: int) -> None:
+            spec = {"source": {"podName": f"s{i}"}}
+            self.writers.request("POST", self.place.path("migrationjobs"), self._object("MigrationJob", f"j{i}", spec))
+            created[f"j{i}"] = time.monotonic()
+
+        maker = threading.Thread(target=self.writers.all, args=(create, range(self.jobs)))
+        maker.start()
+        while True:
+            phases: collections.Counter[str] = collections.Counter()
+            for job in self.world.plane.request("GET", self.place.path("migrationjobs"))["items"]:
+                status = job.get("status", {})
+                phases[status.get("phase", "")] += 1
+                if status.get("plan"):
+                    planned.setdefault(job["metadata"]["name"], time.monotonic())
+            ended = phases["Succeeded"] + phases["Failed"] + phases["RolledBack"]
+            if ended == self.jobs:
+                break
+            time.sleep(0.3)
+        maker.join()
+        if phases["Succeeded"] != self.jobs:
+            raise RuntimeError(f"not all succeeded: {dict(phases)}")
+        return {name: planned[name] - at for name, at in created.items()}, time.monotonic() - began
+
+
+def _ready(obj: Json) -> bool:
+    return any(c["status"] == "True" for c in obj.get("status", {}).get("conditions", []))
+
+
+def memory_mb(pid: int, what: str) -> float:
+    text = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    return int(text.partition(f"{what}:")[2].split()[0]) / 1024
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=1000)
+    parser.add_argument("--foreign", type=int, default=30_000)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, World.create(Path(folder), BINARIES) as world:
+        world.operators.config["pools"].append({"name": "large", "provider": "l2", "cidrs": ["10.96.128.0/20"]})
+        world.operators.config["limits"] = {"jobs": 10_000, "jobsPerNode": 10_000}
+        world.operators.config["timeouts"] = {}
+        with world.namespace() as place:
+            fleet = Fleet(world, place, args.jobs)
+            fleet.build(args.foreign)
+            world.operators.start("op")
+            world.operators.ensure()
+            attach_s = fleet.attach()
+            pid = world.operators.running["op"].pid
+            before = len(world.plane.audit(ACCOUNT))
+            planned, all_s = fleet.migrate()
+            requests = len(world.plane.audit(ACCOUNT)) - before
+            seconds = list(planned.values())
+            rows.write(
+                "operator",
+                [
+                    rows.row("job_to_plan", "s", seconds, 10.0, "lower", value=max(seconds)),
+                    rows.row(
+                        "all_jobs", "s", [all_s], 120.0, "lower", reference="attach all", reference_value=attach_s
+                    ),
+                    rows.row("api_requests_a_job", "requests", [requests / args.jobs], 16.0, "lower"),
+                    rows.row("rss", "MB", [memory_mb(pid, "VmRSS")], 250.0, "lower"),
+                    rows.row("rss_peak", "MB", [memory_mb(pid, "VmHWM")], 250.0, "lower"),
+                ],
+            )
+            world.operators.stop_all()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
