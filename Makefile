@@ -12,7 +12,7 @@ PYTEST = $(DEV) -m pytest --junitxml=build/junit/$@.xml
 SETUP_DEMO := run build bpf net
 SETUP_TEST := dev build bpf net
 PRODUCT := operator/midstream_cli operator/midstream_operator agent/midstream_agent runtime/midstream_runtime tests/testbed/midstream_testbed
-TEST_FOLDERS := unit unit/engine unit/gateway unit/handoff unit/vllm unit/operator unit/spot contract bpf csrc net cluster e2e vllm bench
+TEST_FOLDERS := unit unit/engine unit/gateway unit/handoff unit/kv unit/vllm unit/operator unit/spot contract bpf csrc net cluster e2e vllm bench
 C_FILES := csrc/src/*.[ch] csrc/include/*.h csrc/fuzz/*.c bpf/*.[ch] tests/bench/*.c
 
 .PHONY: help demo build kube test lint bench clean-testbed proto setup-demo setup-test wheel \

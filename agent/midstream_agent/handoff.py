@@ -188,7 +188,12 @@ def _check_shape(kind: str, answer: Answer) -> None:
             _expect(block["slot"], int)
             _expect(block["bytes"], int)
             bytes.fromhex(block["checksum"])
-    elif kind == "reserve":
+            bytes.fromhex(_expect(block.get("hash", ""), str))
+    elif kind == "kv":
+        streams = _expect(header["streams"], list)
+        if sum(_expect(count, int) for _, count in streams) * wire.BLOCK.size != len(answer.payload):
+            raise ValueError("streams and blocks differ in number")
+    elif kind in ("reserve", "kv_reserve", "kv_have"):
         for slot in _expect(header["slots"], list):
             _expect(slot, int)
 

@@ -8,6 +8,7 @@ before the engine may see a block.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import mmap
@@ -53,21 +54,25 @@ class Geometry:
 
 
 class PoolView:
-    """A mapping of a pod's KV pool; owns it, and the fd that it was made from."""
+    """A mapping of a pod's KV pool; owns it, and the fd that it was made from (`fd`, which sendfile reads)."""
 
     def __init__(self, fd: int, geometry: Geometry, writable: bool) -> None:
-        self.geometry = geometry
+        self.geometry, self.fd = geometry, fd
         try:
             _check_sealed(fd, geometry)
             access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
             self._map = mmap.mmap(fd, geometry.bytes, mmap.MAP_SHARED, access)
-        finally:
+        except BaseException:
             os.close(fd)
+            raise
         self._view = memoryview(self._map)
 
     def close(self) -> None:
+        """Threads that still write into a slot keep the mapping until they are done."""
+        os.close(self.fd)
         self._view.release()
-        self._map.close()
+        with contextlib.suppress(BufferError):
+            self._map.close()
 
     def read(self, slot: int, length: int) -> bytes:
         return bytes(self._slice(slot, length))
@@ -78,6 +83,11 @@ class PoolView:
             raise Final("kv_checksum", f"KV block for slot {slot} does not match its checksum: recompute")
         self._slice(slot, len(data))[:] = data
 
+    def place(self, slot: int, length: int) -> tuple[int, memoryview]:
+        """Offset of the slot in the pool's fd, and its bytes in place. The caller releases the view."""
+        view = self._slice(slot, length)
+        return self.geometry.data_offset + slot * self.geometry.slot_bytes, view
+
     def _slice(self, slot: int, length: int) -> memoryview:
         g = self.geometry
         if not 0 <= slot < g.slots or not 0 <= length <= g.slot_bytes:
@@ -86,7 +96,7 @@ class PoolView:
         return self._view[start : start + length]
 
 
-def digest(data: bytes) -> bytes:
+def digest(data: bytes | memoryview) -> bytes:
     return hashlib.blake2b(data, digest_size=CHECKSUM_BYTES).digest()
 
 

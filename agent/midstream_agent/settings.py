@@ -52,6 +52,28 @@ class Timeouts:
 
 
 @dataclass(frozen=True, slots=True)
+class Kv:
+    """How KV blocks travel between two agents."""
+
+    port: int = 9445  # of the target; the source learns it in PREPARE
+    streams: int = 8  # one flow is capped at 5 Gb/s on EC2, and one core hashes 0.8 GB/s
+    tls: bool = True  # off only where the network between nodes is trusted or encrypted itself
+    bytes_per_s: int = 0  # all streams of a job together; 0: what the network gives
+    piece_bytes: int = 1 << 20  # one write; the bandwidth limit is kept to within a piece a stream
+    connect_s: float = 5.0  # TCP, TLS and greeting of one stream
+    stall_s: float = 10.0  # a stream on which nothing moves for so long is broken
+    tries: int = 3  # of a stream to connect again, and of a block that arrived damaged
+    retry_s: float = 0.1  # before a broken stream is connected again
+    greeting_streams: int = 64  # strangers that the target listens to at once
+    offer_blocks: int = 2048  # hashes in one question to the target's pod
+    answer_s: float = 10.0  # the target asks its pod meanwhile
+    rounds_max: int = 20  # of pre-copy; it has converged or never will
+    tail_ms: float = 5.0  # what is left is small enough when it takes no longer than this
+    shrink: float = 0.8  # a round with more than this part of the one before it is no progress
+    prefill_tokens_per_s: float = 0.0  # of the target's engine, for the choice to recompute; 0: unknown, so move
+
+
+@dataclass(frozen=True, slots=True)
 class Limits:
     """Bounds on what a pod or a peer may make this agent hold in memory."""
 
@@ -94,6 +116,7 @@ class Settings:
     tunnel_port: int = 9445  # not 4789, which a CNI's overlay may use
     timeouts: Timeouts = field(default_factory=Timeouts)
     limits: Limits = field(default_factory=Limits)
+    kv: Kv = field(default_factory=Kv)
     imds: ImdsSettings = field(default_factory=ImdsSettings)
     boot_id: str = ""  # empty: the kernel's
     fip_rule_to: int = 513  # between the VPC CNI's 512 and 1024 (facts: its source)

@@ -2,12 +2,16 @@
 
 A node's certificate carries the node's name as DNS SAN, the operator's and the CLI's carry OPERATOR. The Peer
 service takes calls from nodes, the Agent service from the operator only: a pod of the node has no certificate
-of this authority and cannot command the agent, and neither can another node.
+of this authority and cannot command the agent, and neither can another node. KV streams between agents use the same
+files over plain TLS sockets.
 """
 
 from __future__ import annotations
 
 import logging
+import socket
+import ssl
+import struct
 
 import grpc
 from grpc import aio
@@ -17,6 +21,8 @@ from midstream_agent.settings import TlsFiles
 
 log = logging.getLogger(__name__)
 OPERATOR = "midstream-operator"
+_OP_ENABLE_KTLS = 1 << 3  # openssl/ssl.h; Python names it from 3.12 on
+_SOL_TLS, _TLS_TX = 282, 1  # linux/tls.h, linux/socket.h
 
 
 def server_credentials(files: TlsFiles) -> grpc.ServerCredentials:
@@ -56,6 +62,40 @@ def names_of(context: aio.ServicerContext) -> set[str]:  # type: ignore[type-arg
     """DNS names in the caller's certificate."""
     auth = context.auth_context()
     return {name.decode() for name in auth.get("x509_subject_alternative_name", [])}
+
+
+def stream_context(files: TlsFiles, *, server: bool) -> ssl.SSLContext:
+    """TLS 1.3 with certificates on both sides; in the kernel where OpenSSL and the kernel can."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.options |= _OP_ENABLE_KTLS
+    if server:
+        context.num_tickets = 0  # nobody resumes, and a client that only writes would never read them
+    try:
+        context.load_verify_locations(files.ca)
+        context.load_cert_chain(files.cert, files.key)
+    except (OSError, ssl.SSLError) as e:
+        raise Final(
+            "tls_files", f"cannot use the agent's TLS material: {e}; see --tls-ca, --tls-cert, --tls-key"
+        ) from e
+    return context
+
+
+def peer_names(sock: ssl.SSLSocket) -> set[str]:
+    """DNS names in the other side's certificate, which the handshake has verified."""
+    certificate = sock.getpeercert() or {}
+    alternatives = certificate.get("subjectAltName", ())
+    return {str(entry[1]) for entry in alternatives if entry[0] == "DNS"}
+
+
+def kernel_encrypts(sock: socket.socket) -> bool:
+    """Does the kernel make the records of what is written to this socket, so that sendfile may write to it?"""
+    try:
+        info = sock.getsockopt(_SOL_TLS, _TLS_TX, 64)
+    except OSError:
+        return False
+    return len(info) >= 4 and struct.unpack_from("=H", info)[0] != 0
 
 
 def _read(files: TlsFiles) -> tuple[bytes, bytes, bytes]:

@@ -17,11 +17,17 @@ Linux takes at most 253 a message (SCM_MAX_FD), so a reply with more is several 
 | prepare | job, addresses | | nothing is closed any more while bytes of it are queued |
 | settle | job, addresses | accepted | accepts until the kernel has no more |
 | streams | addresses | streams: id, local, remote, movable, reason, tokens, kv_bytes | nothing |
+| kv | job, addresses, known (pairs of stream id, blocks) | streams (id, count); payload: BLOCKs | names full blocks \
+(those not known) of streams that go on, some thousands at most; they stay until the job's next `kv`, or `kv_end` |
 | pause | job, addresses, exclude, streams | streams, kv; payload: state; fds | freezes them at a token boundary |
 | resume | job | | goes on as if nothing had happened; also ends `prepare` |
 | release | job | | closes its copies and forgets the requests |
 | blank | job, families (4 or 6) | fds: sockets, unbound | makes them; asked again it replaces them |
 | reserve | job, slots | slots | hands KV slots to the agent |
+| kv_reserve | job, slots | slots | hands the agent more KV slots |
+| kv_have | job; payload: hashes | slots (-1: not here) | keeps these blocks until `kv_end` |
+| kv_land | job, slots; payload: BLOCKs | | what the agent wrote there is whole: it can be found and shared |
+| kv_end | job | | frees what `kv_reserve` gave and nobody took, and lets go of what the other three kept |
 | stage | job, slots (-1: did not come), count; payload: state | | puts the streams on its blank sockets, silent |
 | activate | job | | serves them |
 | discard | job | | closes blanks, frees slots |
@@ -30,8 +36,13 @@ Linux takes at most 253 a message (SCM_MAX_FD), so a reply with more is several 
 
 `load` is null or {kv_free (share of the KV cache), running, waiting (requests)}, for whoever chooses a target.
 
-`resume`, `release`, `activate` and `discard` are idempotent: an agent that restarted asks again. Whatever comes from a
-pod is hostile until checked: sizes are refused here before anything is allocated.
+The `kv` requests came with version 3; to an older pod the agent brings KV at the pause only. They belong to
+the agent's connection and end with it. A BLOCK is u32 slot (0 in `kv_land`, whose header names them), 32 bytes of hash,
+16 of checksum. In the reply to `pause`, `kv` is a list of {slot, bytes, checksum, hash}, hash empty for a block that
+is not full.
+
+`resume`, `release`, `activate`, `discard` and `kv_end` are idempotent: an agent that restarted asks again. Whatever
+comes from a pod is hostile until checked: sizes are refused here before anything is allocated.
 """
 
 from __future__ import annotations
@@ -42,14 +53,19 @@ from typing import Any
 
 from midstream_runtime.contract.errors import Final
 
-VERSION = 2
-"""2: `pause` takes some of the streams, so that a pod's streams move in batches."""
+VERSION = 3
+"""2: `pause` takes some of the streams, so that a pod's streams move in batches. 3: KV while streams go on."""
 MIN_VERSION = 1
 """The oldest version that this side still understands."""
 
 MAX_FDS_PER_FRAME = 253
 MAX_HEADER_BYTES = 8 << 20
 MAX_PAYLOAD_BYTES = 256 << 20
+MAX_KV_BLOCKS = 2048
+"""Named in one reply to `kv`: reading their entries takes the pod a few milliseconds."""
+BLOCK = struct.Struct("<I32s16s")
+KV_VERSION = 3
+"""The first version with the `kv` requests."""
 DEFAULT_PATH = "/run/midstream/handoff.sock"
 
 _LENGTHS = struct.Struct("<II")

@@ -14,12 +14,18 @@ All integers are little-endian. The memfd carries F_SEAL_SHRINK, F_SEAL_GROW and
 never faults.
 
 Who writes: the engine alone writes header and index, and the data of slots it did not reserve for the agent.
-Between `reserve` and the resume that names them, the agent alone writes the data of RESERVED slots. A reader
-of an index entry that changes under it sees an odd `sequence`, or another one afterwards, and reads again.
+Between `reserve` and the resume (or `land`) that names them, the agent alone writes the data of RESERVED
+slots. A reader of an index entry that changes under it sees an odd `sequence`, or another one afterwards, and
+reads again; an entry that stays odd belongs to a writer that died in the middle of it (`TornEntry`).
+
+A reader takes a block by `PoolView.take`: SEALED before and after the copy, under the same `sequence`, and the
+copy has the entry's checksum. It never waits for the writer, nor the writer for it. On a machine that reorders
+stores (arm64) the checksum is what holds; Python has no barriers.
 
 A SEALED slot is full, and its bytes do not change until it is FREE again; `block_hash` names its content:
 sha256 over canonical CBOR of [parent hash, [token ids...], null], vLLM's `sha256_cbor` chain, whose first
-parent is ROOT_HASH. `checksum` is blake2b with 16 bytes over the whole slot. An OPEN slot is still being
+parent is ROOT_HASH. Since its bytes are settled, several owners may have it at once; it is FREE when the last
+has gone. `checksum` is blake2b with 16 bytes over the whole slot. An OPEN slot is still being
 filled: hash and checksum are zero, except that a pause writes the checksum of the open blocks that it hands
 out (valid until the resume).
 
@@ -30,6 +36,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -40,7 +47,7 @@ HEADER_BYTES = 4096
 PAGE_BYTES = 4096
 HASH_SCHEME = "sha256_cbor"
 ROOT_HASH = bytes(32)
-CHECKSUM_BYTES = 16
+HASH_BYTES, CHECKSUM_BYTES = 32, 16
 
 # magic, version, header_bytes, total_bytes, index_offset, data_offset, slots, slot_bytes, entry_bytes,
 # block_tokens, layers, kv_heads, head_dim, reserved, dtype, hash scheme, model fingerprint (hex), pool
@@ -64,8 +71,16 @@ class SlotState(IntEnum):
     """Full, hashed, immutable."""
 
 
+_TORN_AFTER_S = 0.05
+"""An entry is odd for microseconds; a writer that was descheduled in the middle of one is back well before."""
+
+
 class PoolLayoutError(ValueError):
     """The bytes are no pool that this code can use; the message says why."""
+
+
+class TornEntry(RuntimeError):
+    """The writer died (or stands still) in the middle of an index entry: what the slot holds is not known."""
 
 
 @dataclass(frozen=True)
@@ -187,15 +202,40 @@ class PoolView:
         self._slot_bytes, self._data_offset = self.layout.slot_bytes, self.layout.data_offset
 
     def info(self, slot: int) -> SlotInfo:
-        """A consistent index entry; IndexError for a slot that is not there."""
+        """A consistent index entry; IndexError for a slot that is not there, TornEntry for one whose writer
+        died in it."""
+        return self._entry(slot)[1]
+
+    def take(self, slot: int, *, verify: bool = True) -> tuple[SlotInfo, bytes] | None:
+        """A sealed block and its entry; None when the slot holds none, or another one meanwhile, or is torn.
+        `verify=False`, for tests: believe whatever is there."""
+        try:
+            before = self._entry(slot)
+            data = bytes(self.slot(slot))
+            after = self._entry(slot)
+        except TornEntry:
+            return None
+        info = before[1]
+        if not verify:
+            return info, data
+        if info.state != SlotState.SEALED or before != after or checksum(data) != info.checksum:
+            return None
+        return info, data
+
+    def _entry(self, slot: int) -> tuple[int, SlotInfo]:
+        """The sequence under which the entry was read, and the entry."""
         if not 0 <= slot < self.layout.slots:
             raise IndexError(f"slot {slot} of a pool with {self.layout.slots}")
         at = HEADER_BYTES + slot * ENTRY_BYTES
+        give_up = 0.0
         while True:
             before, state, _, filled, epoch, block_hash, checksum = ENTRY.unpack_from(self.memory, at)
             (after,) = SEQUENCE.unpack_from(self.memory, at)
             if before == after and before % 2 == 0:
-                return SlotInfo(state, filled, epoch, block_hash, checksum)
+                return before, SlotInfo(state, filled, epoch, block_hash, checksum)
+            give_up = give_up or time.monotonic() + _TORN_AFTER_S
+            if time.monotonic() > give_up:
+                raise TornEntry(f"slot {slot}: its writer died in the middle of the index entry")
 
     def checksum_hex(self, slot: int) -> str:
         """Checksum of a SEALED slot, or of one that a pause has just handed out, from the index: no pass over
@@ -221,13 +261,20 @@ def checksum(data: memoryview | bytes) -> bytes:
 
 def block_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
     """Chained hash of one full block."""
-    body = bytearray(b"\x83")
-    body += _cbor_head(2, len(parent)) + parent
-    body += _cbor_head(4, len(token_ids))
-    for token in token_ids:
-        body += _cbor_head(0, token)
-    body += b"\xf6"
+    heads = _HEADS
+    try:
+        items = b"".join([heads[token] for token in token_ids])
+    except KeyError:
+        for token in token_ids:
+            heads[token] = _cbor_head(0, token)
+        items = b"".join([heads[token] for token in token_ids])
+    body = b"".join((b"\x83", _cbor_head(2, len(parent)), parent, _cbor_head(4, len(token_ids)), items, b"\xf6"))
     return hashlib.sha256(body).digest()
+
+
+_HEADS: dict[int, bytes] = {}
+"""Encoded token ids: a moved answer's blocks are named again while its client waits. No larger than a
+vocabulary."""
 
 
 def _cbor_head(major: int, value: int) -> bytes:

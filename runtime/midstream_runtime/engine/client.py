@@ -235,6 +235,22 @@ class EngineClient:
     async def free(self, slots: Sequence[int]) -> None:
         await self._call("free", slots=list(slots))
 
+    async def kv(self, known: Mapping[str, int], limit: int) -> dict[str, list[int]]:
+        header, _ = await self._call("kv", known=dict(known), limit=limit)
+        return {str(name): list(slots) for name, slots in header["slots"].items()}
+
+    async def have(self, hashes: Sequence[bytes]) -> list[int | None]:
+        header, _ = await self._call("have", b"".join(hashes))
+        return [None if slot < 0 else slot for slot in header["slots"]]
+
+    async def land(self, slots: Sequence[int], names: Sequence[tuple[bytes, bytes]]) -> None:
+        body = b"".join(name + digest for name, digest in names)
+        await self._call("land", body, slots=list(slots))
+
+    async def unhold(self, slots: Sequence[int]) -> None:
+        if slots:
+            await self._call("unhold", slots=list(slots))
+
     async def stats(self) -> dict[str, Any]:
         _, body = await self._call("stats")
         stats: dict[str, Any] = json.loads(body)

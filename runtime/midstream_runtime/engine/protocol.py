@@ -228,5 +228,18 @@ class Engine(Protocol):
     async def free(self, slots: Sequence[int]) -> None:
         """Gives back reserved slots that no resumed request took."""
 
+    async def kv(self, known: Mapping[str, int], limit: int) -> dict[str, list[int]]:
+        """Slots of the requests' sealed blocks, from block `known[id]` on, at most `limit` in all. They stay
+        until `unhold`, whatever becomes of the request. Requests without any are absent."""
+
+    async def have(self, hashes: Sequence[bytes]) -> list[int | None]:
+        """Where this pool has these blocks; what is there stays until `unhold`."""
+
+    async def land(self, slots: Sequence[int], names: Sequence[tuple[bytes, bytes]]) -> None:
+        """Reserved slots now hold whole blocks of these (hash, checksum): sealed, until `unhold`."""
+
+    async def unhold(self, slots: Sequence[int]) -> None:
+        """One hold less of each; a slot named twice was held twice."""
+
     async def stats(self) -> dict[str, Any]:
         """Running, waiting and paused requests, free slots, totals; `requests`: RequestStats by id."""

@@ -16,7 +16,7 @@ from itertools import count
 from typing import Any, cast
 
 from midstream_runtime.contract.errors import MidstreamError, Retryable
-from midstream_runtime.contract.pool import PoolView
+from midstream_runtime.contract.pool import PoolView, SlotState
 from midstream_runtime.engine.client import GatewayEngine
 from midstream_runtime.engine.protocol import EngineInfo, EngineState, RequestStats, TokenEvent
 from midstream_runtime.engine.vllm.upstream import Upstream
@@ -209,8 +209,9 @@ class Gateway(App):
                 places.append(None)
                 continue
             places.append(len(kv))
-            digest = bytes.fromhex(self._pool[1].checksum_hex(block.slot))
-            kv.append(KvEntry(block.slot, self.info.pool.slot_bytes, digest))
+            info = self._pool[1].info(block.slot)
+            name = info.block_hash if info.state == SlotState.SEALED else b""
+            kv.append(KvEntry(block.slot, self.info.pool.slot_bytes, info.checksum, name))
         return state.with_slots(places)
 
     async def resume(self, handlers: Sequence[Handler]) -> None:
@@ -226,6 +227,29 @@ class Gateway(App):
     async def free(self, slots: Sequence[int]) -> None:
         if slots and self._engine is not None:
             await self._engine.free(slots)
+
+    async def kv(self, handlers: Sequence[Handler], known: Sequence[int], limit: int) -> list[list[KvEntry]]:
+        names = [s.answer.name if s.answer is not None and s.answer.begun else "" for s in _ours(handlers)]
+        if self._engine is None or self._pool is None or self.info.pool is None:
+            return [[] for _ in names]
+        wanted = {name: blocks for name, blocks in zip(names, known, strict=True) if name}
+        slots = await self._engine.kv(wanted, limit)
+        return [[self._entry(slot) for slot in slots.get(name, ())] for name in names]
+
+    def _entry(self, slot: int) -> KvEntry:
+        assert self._pool is not None and self.info.pool is not None
+        info = self._pool[1].info(slot)
+        return KvEntry(slot, self.info.pool.slot_bytes, info.checksum, info.block_hash)
+
+    async def have(self, hashes: Sequence[bytes]) -> list[int | None]:
+        return await self.engine().have(hashes)
+
+    async def land(self, blocks: Sequence[KvEntry]) -> None:
+        await self.engine().land([b.slot for b in blocks], [(b.block_hash, b.digest) for b in blocks])
+
+    async def unhold(self, slots: Sequence[int]) -> None:
+        if slots and self._engine is not None:
+            await self._engine.unhold(slots)
 
     async def stage(
         self, connections: Sequence[Connection], states: Sequence[bytes], slots: Sequence[int | None]

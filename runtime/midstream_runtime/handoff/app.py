@@ -31,6 +31,8 @@ class KvEntry(NamedTuple):
     slot: int
     length_bytes: int
     digest: bytes
+    block_hash: bytes = b""
+    """Of a block that is full and named; empty for one that is still being filled."""
 
 
 @dataclass(slots=True)
@@ -105,6 +107,23 @@ class App:
 
     async def free(self, slots: Sequence[int]) -> None:
         """Reserved slots that nobody took."""
+
+    async def kv(self, handlers: Sequence[Handler], known: Sequence[int], limit: int) -> list[list[KvEntry]]:
+        """Full blocks of streams that go on, from number `known[i]` on and at most `limit` in all. They stay as they
+        are until `unhold`, once for each time that they were named."""
+        return [[] for _ in handlers]
+
+    async def have(self, hashes: Sequence[bytes]) -> list[int | None]:
+        """Where this pod has these blocks already; those stay until `unhold`."""
+        return [None] * len(hashes)
+
+    async def land(self, blocks: Sequence[KvEntry]) -> None:
+        """The agent has filled these reserved slots, and verified them: from now on they can be found, and stay until
+        `unhold`."""
+        raise Final("no_pool", f"a {self.kind} pod has no KV pool")
+
+    async def unhold(self, slots: Sequence[int]) -> None:
+        """The agent needs these no more; a slot that is named twice was held twice."""
 
     async def stage(
         self, connections: Sequence[Connection], states: Sequence[bytes], slots: Sequence[int | None]

@@ -6,7 +6,8 @@ A job is what the agent calls one migration of this pod. It holds the streams th
     (none) --blank--> BLANK --stage--> STAGED --activate--> gone          at the target
 
 An agent that dies leaves PAUSED and STAGED jobs as they are: the streams stay frozen until an agent of this node
-decides (it has a journal). A job that is only BLANK has no state of anybody's and ends with the agent's connection.
+decides (it has a journal). A job that is only BLANK has no state of anybody's and ends with the agent's connection; so
+do the KV slots that it has while streams go on (`KvJob`): a stream that was staged owns its blocks by then.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from typing import Any
 
 from midstream_runtime.contract import handoff as wire
 from midstream_runtime.contract.errors import Final, MidstreamError, Retryable
-from midstream_runtime.handoff.app import App, Handler
+from midstream_runtime.contract.pool import HASH_BYTES
+from midstream_runtime.handoff.app import App, Handler, KvEntry
 from midstream_runtime.handoff.connection import Connection
 
 log = logging.getLogger(__name__)
@@ -52,6 +54,17 @@ class Job:
 
 
 @dataclass(slots=True)
+class KvJob:
+    """KV slots that one migration has here, apart from the state of its streams: copied while they go on."""
+
+    asked_by: int
+    reserved: set[int] = field(default_factory=set)
+    """To be written by the agent, not landed, in no stream yet."""
+    held: list[int] = field(default_factory=list)
+    """One entry for each hold."""
+
+
+@dataclass(slots=True)
 class Reply:
     fields: dict[str, Any] = field(default_factory=dict)
     payload: bytes = b""
@@ -68,12 +81,13 @@ class Handoff:
         self._listeners: list[socket.socket] = []
         self._numbers = count(1)
         self._jobs: dict[str, Job] = {}
+        self._kv_jobs: dict[str, KvJob] = {}
         self._sessions: set[asyncio.Task[None]] = set()
         self._verbs: dict[str, Callable[[dict[str, Any], bytes], Awaitable[Reply]]] = {
             kind: getattr(self, f"_on_{kind}")
             for kind in (
                 "hello", "prepare", "settle", "streams", "pause", "resume", "release", "blank", "reserve", "stage",
-                "activate", "discard", "fds", "status",
+                "activate", "discard", "fds", "status", "kv", "kv_reserve", "kv_have", "kv_land", "kv_end",
             )
         }  # fmt: skip
 
@@ -189,6 +203,9 @@ class Handoff:
         for name, job in list(self._jobs.items()):
             if job.state == "BLANK" and job.asked_by == number:
                 await self._drop_staged(name)
+        for name, kv in list(self._kv_jobs.items()):
+            if kv.asked_by == number:
+                await self._end_kv(name)
 
     # -- requests: both sides ------------------------------------------------------------------------------
 
@@ -266,7 +283,10 @@ class Handoff:
         if len(paused.states) != len(handlers):
             raise Final("pod_internal", f"{len(paused.states)} states for {len(handlers)} streams")
         states = dict(zip((c.id for c in served), paused.states, strict=True))
-        kv = [{"slot": k.slot, "bytes": k.length_bytes, "checksum": k.digest.hex()} for k in paused.kv]
+        kv = [
+            {"slot": k.slot, "bytes": k.length_bytes, "checksum": k.digest.hex(), "hash": k.block_hash.hex()}
+            for k in paused.kv
+        ]
         listed = [{"id": c.id} for c in connections]
         job.reply = ({"streams": listed, "kv": kv}, _pack([(c, states.get(c.id)) for c in connections]))
 
@@ -325,6 +345,8 @@ class Handoff:
             connection.handler = handler
         taken = {s for s in slots if s is not None}
         await self.app.free([s for s in job.slots if s not in taken])
+        for kv in self._kv_jobs.values():
+            kv.reserved -= taken
         job.slots = []
         job.state = "STAGED"
         return Reply()
@@ -351,6 +373,66 @@ class Handoff:
             connection.drop()
         await self.app.release(job.handlers)
         await self.app.free(job.slots)
+
+
+    # -- requests: KV while streams go on --------------------------------------------------------------------
+
+    def _kv_job(self, header: dict[str, Any]) -> KvJob:
+        job = self._kv_jobs.setdefault(str(header["job"]), KvJob(header["_session"]))
+        job.asked_by = header["_session"]
+        return job
+
+    async def _on_kv(self, header: dict[str, Any], _: bytes) -> Reply:
+        job = self._kv_job(header)
+        done, job.held = job.held, []
+        await self.app.unhold(done)
+        known = {int(number): int(blocks) for number, blocks in header["known"]}
+        served = [c for c in self._on_addresses(header) if c.handler is not None]
+        handlers = [c.handler for c in served if c.handler is not None]
+        lists = await self.app.kv(handlers, [known.get(c.id, 0) for c in served], wire.MAX_KV_BLOCKS)
+        blocks = [block for blocks in lists for block in blocks]
+        job.held = [block.slot for block in blocks]
+        streams = [[c.id, len(blocks)] for c, blocks in zip(served, lists, strict=True)]
+        body = b"".join(wire.BLOCK.pack(b.slot, b.block_hash, b.digest) for b in blocks)
+        return Reply({"streams": streams}, body)
+
+    async def _on_kv_reserve(self, header: dict[str, Any], _: bytes) -> Reply:
+        job = self._kv_job(header)
+        slots = await self.app.reserve(int(header["slots"]))
+        job.reserved.update(slots)
+        return Reply({"slots": slots})
+
+    async def _on_kv_have(self, header: dict[str, Any], payload: bytes) -> Reply:
+        job = self._kv_job(header)
+        if len(payload) % HASH_BYTES:
+            raise Final("handoff_protocol", "kv_have: the payload is no list of hashes")
+        names = [payload[at : at + HASH_BYTES] for at in range(0, len(payload), HASH_BYTES)]
+        slots = await self.app.have(names)
+        job.held += [slot for slot in slots if slot is not None]
+        return Reply({"slots": [-1 if slot is None else slot for slot in slots]})
+
+    async def _on_kv_land(self, header: dict[str, Any], payload: bytes) -> Reply:
+        job = self._kv_job(header)
+        slots = [int(slot) for slot in header["slots"]]
+        if len(payload) != wire.BLOCK.size * len(slots):
+            raise Final("handoff_protocol", "kv_land: one block a slot is needed")
+        if len(set(slots)) != len(slots) or not job.reserved.issuperset(slots):
+            raise Final("kv_not_reserved", f"KV slots {slots[:8]} are not this job's: reserve, fill, then land them")
+        named = zip(slots, wire.BLOCK.iter_unpack(payload), strict=True)
+        await self.app.land([KvEntry(slot, 0, digest, name) for slot, (_, name, digest) in named])
+        job.reserved.difference_update(slots)
+        job.held += slots
+        return Reply()
+
+    async def _on_kv_end(self, header: dict[str, Any], _: bytes) -> Reply:
+        await self._end_kv(str(header["job"]))
+        return Reply()
+
+    async def _end_kv(self, name: str) -> None:
+        job = self._kv_jobs.pop(name, None)
+        if job is not None:
+            await self.app.free(sorted(job.reserved))
+            await self.app.unhold(job.held)
 
 
 # -- sockets -----------------------------------------------------------------------------------------------

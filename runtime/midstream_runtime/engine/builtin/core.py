@@ -16,7 +16,7 @@ from enum import Enum
 import torch
 
 from midstream_runtime.contract.errors import Final
-from midstream_runtime.contract.pool import ROOT_HASH
+from midstream_runtime.contract.pool import ROOT_HASH, block_hash
 from midstream_runtime.engine.builtin.model import PagedDecoder, Work, integers
 from midstream_runtime.engine.builtin.sampling import PENALTY_WINDOW, Sampler, choose
 from midstream_runtime.engine.builtin.text import TextStream
@@ -163,6 +163,11 @@ class EngineCore:
                 rows.append(row)
         return self._sample(ready, logits[rows]) if ready else []
 
+    def sealed_slots(self, request_id: str, first: int) -> list[int]:
+        """Slots of the request's sealed blocks from number `first` on; none for a request that is not there."""
+        request = self.requests.get(request_id)
+        return [] if request is None else request.slots[first : request.sealed]
+
     def seal_blocks(self, limit: int = 64) -> None:
         """Hashes up to `limit` full blocks. Apart from the step, so that it costs the time between two
         tokens, and that the many blocks of a moved answer do not delay its first token."""
@@ -243,26 +248,47 @@ class EngineCore:
             self._waiting.append(request)
 
     def _adopt(self, request: Request, kv: Sequence[KvBlock]) -> None:
-        """Takes the leading full blocks and at most one partial one; the rest goes back to the pool."""
+        """Takes the leading full blocks and at most one partial one; the rest goes back to the pool. Blocks
+        that are sealed already are shared, when they are what the ids say."""
         named = [block.slot for block in kv if block.slot is not None]
-        self.pool.adopt(named)
-        usable, tokens = [], 0
-        for block in kv:
-            if (
-                block.slot is None
-                or not 0 < block.tokens <= self._block_tokens
-                or tokens % self._block_tokens
-            ):
+        shared = [slot for slot in named if self.pool.name_of(slot) is not None]
+        own = [slot for slot in named if self.pool.name_of(slot) is None]
+        self.pool.adopt(own)
+        self.pool.share(shared)
+        usable, tokens, whole = self._usable(request, kv, set(shared))
+        self.pool.release(named[len(usable) :])
+        self.decoder.load_slots([slot for slot in usable if slot in own])
+        request.slots, request.kv_length, request.kv_tokens_used = usable, tokens, tokens
+        request.sealed, request.parent_hash = whole
+        self.totals["kv_tokens_used"] += tokens
+        self.totals["kv_blocks_shared"] += len(set(shared).intersection(usable))
+
+    def _usable(
+        self, request: Request, kv: Sequence[KvBlock], shared: set[int]
+    ) -> tuple[list[int], int, tuple[int, bytes]]:
+        """Slots in front that hold KV of the request's ids, their tokens, and how many of them are sealed from
+        the beginning, with the last one's hash."""
+        usable: list[int] = []
+        tokens, size, sealed = 0, self._block_tokens, 0
+        parent = whole_parent = ROOT_HASH
+        last_shared = max((at for at, block in enumerate(kv) if block.slot in shared), default=-1)
+        for at, block in enumerate(kv):
+            if block.slot is None or not 0 < block.tokens <= size or tokens % size:
                 break
             if tokens + block.tokens > len(request.ids) - 1:
                 break
+            if at <= last_shared:
+                if block.tokens < size:
+                    break
+                parent = block_hash(parent, request.ids[tokens : tokens + size])
+                if block.slot in shared and self.pool.name_of(block.slot) != parent:
+                    self.totals["kv_hash_mismatch"] += 1
+                    break
+                if sealed == at and block.slot in shared:
+                    sealed, whole_parent = at + 1, parent
             usable.append(block.slot)
             tokens += block.tokens
-        rest = set(named).difference(usable)
-        self.pool.release(sorted(rest))
-        self.decoder.load_slots(usable)
-        request.slots, request.kv_length, request.kv_tokens_used = usable, tokens, tokens
-        self.totals["kv_tokens_used"] += tokens
+        return usable, tokens, (sealed, whole_parent)
 
     def _admit(self) -> None:
         """In order of arrival, while a lane and slots for the tokens so far are there, and one more slot for

@@ -117,7 +117,7 @@ class PagedDecoder:
 
     def load_slots(self, slots: Sequence[int]) -> None:
         """KV that an agent wrote into the pool becomes visible to the device."""
-        if self._mirrored:
+        if self._mirrored and slots:
             view = self._pool_rows.view(self.layout.slots, -1)
             mirror = self._rows.view(self.layout.slots, -1)
             index = torch.tensor(list(slots))

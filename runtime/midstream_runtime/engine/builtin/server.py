@@ -6,8 +6,8 @@ event of a step is written before the answer to a later request, on the same con
 answer to a pause has read all tokens up to it.
 
 Requests, one frame each, "id" is echoed: info, tokenize, render_chat, generate, pause, resume, drop, reserve,
-free, stats. Answers have the request's kind, or "error" with code, message, retryable. Requests belong to the
-connection that brought them and go with it."""
+free, kv, have, land, unhold, stats. Answers have the request's kind, or "error" with code, message,
+retryable. Requests, reservations and holds belong to the connection that brought them and go with it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ import os
 import selectors
 import socket
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
 from midstream_runtime.contract.errors import Final, MidstreamError, Retryable
+from midstream_runtime.contract.pool import CHECKSUM_BYTES, HASH_BYTES
 from midstream_runtime.engine import ipc
 from midstream_runtime.engine.builtin.core import EngineCore
 from midstream_runtime.engine.builtin.model import Interrupted
@@ -41,6 +42,8 @@ class _Connection:
         self.unsent = bytearray()
         self.requests: set[str] = set()
         self.reserved: set[int] = set()
+        self.held: Counter[int] = Counter()
+        """Sealed slots that must stay: how often this connection owns each."""
 
     def send(self, frame: bytes, fds: list[int] | None = None) -> None:
         """Raises OSError when the peer is gone or too slow."""
@@ -97,6 +100,10 @@ class EngineServer:
             "drop": self._on_drop,
             "reserve": self._on_reserve,
             "free": self._on_free,
+            "kv": self._on_kv,
+            "have": self._on_have,
+            "land": self._on_land,
+            "unhold": self._on_unhold,
             "stats": self._on_stats,
         }
 
@@ -189,6 +196,7 @@ class EngineServer:
         for connection in self._closed:
             self._core.drop(connection.requests)
             self._core.pool.release_reserved(list(connection.reserved))
+            self._core.pool.release(list(connection.held.elements()))
             for request_id in connection.requests:
                 self._owner.pop(request_id, None)
         self._closed.clear()
@@ -296,6 +304,58 @@ class EngineServer:
         slots = connection.reserved.intersection(header["slots"])
         connection.reserved -= slots
         self._core.pool.release_reserved(sorted(slots))
+        return {}, b""
+
+    def _on_kv(
+        self, connection: _Connection, header: dict[str, Any], _p: bytes
+    ) -> tuple[dict[str, Any], bytes]:
+        """Sealed slots of requests, from the given block on, `limit` in all; held until `unhold`."""
+        left, found = int(header["limit"]), {}
+        for name, first in header["known"].items():
+            slots = self._core.sealed_slots(str(name), max(0, int(first)))[: max(0, left)]
+            if slots:
+                found[name] = slots
+                left -= len(slots)
+                self._hold(connection, slots)
+        return {"slots": found}, b""
+
+    def _on_have(
+        self, connection: _Connection, _h: dict[str, Any], payload: bytes
+    ) -> tuple[dict[str, Any], bytes]:
+        """Payload: block hashes end to end. The slots that hold them, -1 for those that are not here; held."""
+        names = [payload[at : at + HASH_BYTES] for at in range(0, len(payload), HASH_BYTES)]
+        slots = [-1 if (slot := self._core.pool.find(name)) is None else slot for name in names]
+        self._hold(connection, [slot for slot in slots if slot >= 0])
+        return {"slots": slots}, b""
+
+    def _hold(self, connection: _Connection, slots: list[int]) -> None:
+        self._core.pool.share(slots)
+        connection.held.update(slots)
+
+    def _on_land(
+        self, connection: _Connection, header: dict[str, Any], payload: bytes
+    ) -> tuple[dict[str, Any], bytes]:
+        """Payload: hash and checksum of each slot. Reserved before, sealed and held now."""
+        size = HASH_BYTES + CHECKSUM_BYTES
+        if len(payload) != size * len(header["slots"]):
+            raise Final("bad_request", "land: one hash and one checksum a slot are needed")
+        foreign = set(header["slots"]) - connection.reserved
+        if foreign:
+            raise Final("kv_not_reserved", f"KV slots {sorted(foreign)[:8]} were not reserved by this gateway")
+        for at, slot in enumerate(header["slots"]):
+            block = payload[at * size : (at + 1) * size]
+            self._core.pool.land(slot, block[:HASH_BYTES], block[HASH_BYTES:])
+            self._core.decoder.load_slots([slot])
+            connection.reserved.discard(slot)
+            connection.held[slot] += 1
+        return {}, b""
+
+    def _on_unhold(
+        self, connection: _Connection, header: dict[str, Any], _p: bytes
+    ) -> tuple[dict[str, Any], bytes]:
+        ours = Counter(header["slots"]) & connection.held
+        connection.held -= ours
+        self._core.pool.release(list(ours.elements()))
         return {}, b""
 
     def _on_stats(self, _c: _Connection, _h: dict[str, Any], _p: bytes) -> tuple[dict[str, Any], bytes]:
