@@ -5,7 +5,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 
 declare -A limit_s=(
-  [test-unit]=600 [test-contract]=300 [test-csrc]=1200 [test-bpf]=600 [test-net]=2400 [test-e2e]=900
+  [test-unit]=1200 [test-contract]=300 [test-csrc]=1200 [test-bpf]=900 [test-net]=2400 [test-e2e]=900
   [test-cluster]=900 [test-vllm]=1200
 )
 case ${1:-} in
