@@ -12,7 +12,7 @@ PYTEST = $(DEV) -m pytest --junitxml=build/junit/$@.xml
 SETUP_DEMO := run build bpf net
 SETUP_TEST := dev build bpf net
 PRODUCT := operator/midstream_cli operator/midstream_operator agent/midstream_agent runtime/midstream_runtime tests/testbed/midstream_testbed
-TEST_FOLDERS := unit unit/engine unit/gateway unit/handoff unit/kv unit/operator unit/spot contract bpf csrc net cluster e2e bench
+TEST_FOLDERS := unit unit/engine unit/gateway unit/handoff unit/kv unit/vllm unit/operator unit/spot contract bpf csrc net cluster e2e vllm bench
 C_FILES := csrc/src/*.[ch] csrc/include/*.h csrc/fuzz/*.c bpf/*.[ch] tests/bench/*.c
 
 .PHONY: help demo build kube test lint bench clean-testbed proto setup-demo setup-test wheel \
@@ -69,8 +69,9 @@ test-cluster: setup-test build kube ## On a Kubernetes control plane
 test-e2e: setup-test build ## The demo's own entry point, and its controls
 	$(PYTEST) tests/e2e
 
-test-vllm: ## With vLLM (no tests yet)
-	@echo "test-vllm: there is no vLLM connector yet, so nothing to test"
+test-vllm: setup-test build ## With a stock vLLM on the CPU (6 GB, the first time)
+	@scripts/setup.sh vllm
+	$(PYTEST) tests/vllm
 
 test-gpu: ## Where there is a GPU (no tests yet)
 	@echo "test-gpu: there is no CUDA code of ours yet but the engine's --device, so nothing to test"

@@ -202,19 +202,19 @@ enum ms_reason {
 	MS_R_MALFORMED = 9,  /* a segment of a held flow that cannot be parsed: absorbed */
 	MS_R_NOTE_BUSY = 10, /* another CPU was writing the note: not kept */
 	MS_R_ANSWER_FAILED = 11,
-	MS_R_FRAGMENT = 12,     /* first fragment of a held flow: absorbed, not noted */
-	MS_R_BAD_CHECKSUM = 13, /* absorbed, as the stack would: neither noted nor answered */
-	MS_R_NOTE_MISSING = 14, /* held flow without a note entry: absorbed, not kept */
-	MS_R_SKEWED = 15,       /* ack beyond snd_nxt or seq far off: absorbed, not noted */
-	MS_R_TUNNEL_OUT = 16,   /* went into the tunnel */
-	MS_R_TUNNEL_IN = 17,    /* came out of it, for a pod of this node */
-	MS_R_TUNNEL_EMIT = 18,  /* came out of it, emitted by the NIC for the peer */
-	MS_R_TUNNEL_PROBE = 19, /* a probe of the agents: their packet sockets have it already */
-	MS_R_TUNNEL_PEER = 20,  /* dropped: sender, VNI and address do not belong together */
-	MS_R_TUNNEL_LOOP = 21,  /* dropped: came out of the tunnel and is nobody's here */
+	MS_R_FRAGMENT = 12,      /* first fragment of a held flow: absorbed, not noted */
+	MS_R_BAD_CHECKSUM = 13,  /* absorbed, as the stack would: neither noted nor answered */
+	MS_R_NOTE_MISSING = 14,  /* held flow without a note entry: absorbed, not kept */
+	MS_R_SKEWED = 15,        /* ack beyond snd_nxt or seq far off: absorbed, not noted */
+	MS_R_TUNNEL_OUT = 16,    /* went into the tunnel */
+	MS_R_TUNNEL_IN = 17,     /* came out of it, for a pod of this node */
+	MS_R_TUNNEL_EMIT = 18,   /* came out of it, emitted by the NIC for the peer */
+	MS_R_TUNNEL_PROBE = 19,  /* a probe of the agents: their packet sockets have it already */
+	MS_R_TUNNEL_PEER = 20,   /* dropped: sender, VNI and address do not belong together */
+	MS_R_TUNNEL_LOOP = 21,   /* dropped: came out of the tunnel and is nobody's here */
 	MS_R_TUNNEL_FAILED = 22, /* dropped: no key, no room, no next hop */
-	MS_R_STEER_LOCAL = 23,  /* the host's own routing, handed to the pod */
-	MS_R_OUT_BOTH = 24,     /* a copy went into the tunnel, the packet by the NIC */
+	MS_R_STEER_LOCAL = 23,   /* the host's own routing, handed to the pod */
+	MS_R_OUT_BOTH = 24,      /* a copy went into the tunnel, the packet by the NIC */
 	MS_R_MAX = 25,
 };
 

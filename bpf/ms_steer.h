@@ -5,10 +5,11 @@
  *         client            node A (source)                    node B (target)
  *           |                                                        pod
  *           v          +--> ms_nic_ingress ---+  VXLAN  ms_tunnel_ingress --> host's
- *      the network ----+                      +========>      |      routing --> ms_route_egress --> pod
- *           ^          +--- emitted by the <--+         ms_nic_egress <------------------------------- pod
- *           |               NIC               +<========      |
- *           +-------------------------------------------------+  (directly, once the path is proved)
+ *      the network ----+                      +========>      |      routing --> ms_route_egress
+ * --> pod ^          +--- emitted by the <--+         ms_nic_egress
+ * <------------------------------- pod |               NIC               +<========      |
+ *           +-------------------------------------------------+  (directly, once the path is
+ * proved)
  *
  * Four places, one table (midstream_maps.h). The NIC's ingress takes what the
  * network brings and goes into the tunnel without the host's routing: its
@@ -77,7 +78,8 @@ MS_INLINE void ms_route_l4(struct __sk_buff *skb, struct ms_route *r, u8 proto, 
 		r->flags = tail[1];
 }
 
-/* An ICMP error about a TCP segment of ours: the flow is the embedded packet's, seen from its sender. */
+/* An ICMP error about a TCP segment of ours: the flow is the embedded packet's, seen from its
+ * sender. */
 MS_INLINE void ms_route_icmp4(struct __sk_buff *skb, struct ms_route *r)
 {
 	u32 inner = r->pkt.l4 + sizeof(struct icmphdr);
@@ -256,7 +258,8 @@ MS_INLINE int ms_set_key(struct __sk_buff *skb, const struct ms_addr_ctl *addr, 
 	return bpf_skb_set_tunnel_key(skb, &key, sizeof(key), BPF_F_TUNINFO_IPV6 | whole);
 }
 
-/* `whole`: 0, or BPF_F_DONT_FRAGMENT for a packet that shall get through in one piece or not at all. */
+/* `whole`: 0, or BPF_F_DONT_FRAGMENT for a packet that shall get through in one piece or not at
+ * all. */
 MS_INLINE int ms_into_tunnel(struct __sk_buff *skb, const struct ms_addr_ctl *addr, u32 whole)
 {
 	struct ms_conf *conf = ms_conf();

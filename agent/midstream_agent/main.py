@@ -45,6 +45,7 @@ def parse(argv: list[str] | None = None) -> Settings:
     add("--accept-settle-ms", type=int, default=Timeouts().accept_settle_ms)
     add("--address-confirm-s", type=float, default=Timeouts().address_confirm_s)
     add("--peer-reply-s", type=float, default=Timeouts().peer_reply_s)
+    add("--no-tunnel", action="store_true", help="never steer: clients wait until the network has moved an address")
     add("--tunnel-port", type=int, default=Settings.__dataclass_fields__["tunnel_port"].default, help="UDP, for Steer")
     add("--batch-streams", type=int, default=Limits().batch_streams, help="streams that are held and moved together")
     add("--parallel-batches", type=int, default=Limits().parallel_batches)
@@ -59,6 +60,7 @@ def parse(argv: list[str] | None = None) -> Settings:
         cgroup_root=args.cgroup_root,
         nic=Nic(args.nic, args.nic_gateway_v4, args.nic_gateway_v6, args.mtu),
         boot_id=args.boot_id,
+        tunnel=not args.no_tunnel,
         tunnel_port=args.tunnel_port,
         limits=Limits(batch_streams=args.batch_streams, parallel_batches=args.parallel_batches),
         imds=ImdsSettings(args.imds_host, args.imds_port),

@@ -261,6 +261,8 @@ def _check_capabilities() -> None:
 
 
 async def _make_tunnel(net: NetWorker, hold: Hold, settings: Settings) -> Tunnel | None:
+    if not settings.tunnel:
+        return None
     try:
         return await net.run(
             lambda: Tunnel.create(net.host, settings, lambda name, role: hold.attach(None, name, role))

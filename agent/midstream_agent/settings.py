@@ -112,6 +112,7 @@ class Settings:
     handoff_path: str = "/run/midstream/handoff.sock"
     nic: Nic = field(default_factory=Nic)
     probe_port: int = 9444
+    tunnel: bool = True
     tunnel_port: int = 9445  # not 4789, which a CNI's overlay may use
     timeouts: Timeouts = field(default_factory=Timeouts)
     limits: Limits = field(default_factory=Limits)

@@ -47,6 +47,7 @@ class FloatingIPs:
     def __init__(self, ctx: Context) -> None:
         self._ctx = ctx
         self.objects: dict[str, Json] = {}
+        self._on: dict[str, set[str]] = {}  # pod uid -> uids of the FloatingIPs on it
         self.busy: set[str] = set()  # uids of pods whose addresses a job is moving
         self._pauses_s: dict[str, float] = {}  # before the next try of one that failed
         self._stranded: dict[str, Json] = {}  # address -> the deleted FloatingIP, whose node never answered
@@ -62,10 +63,10 @@ class FloatingIPs:
     # -- what others ask -------------------------------------------------------------------------------
 
     def on_pod(self, pod_uid: str) -> list[Json]:
-        return [o for o in self.objects.values() if _status(o).get("podUID") == pod_uid and _status(o).get("address")]
+        return [self.objects[uid] for uid in self._on.get(pod_uid, ()) if _status(self.objects[uid]).get("address")]
 
     def addresses_per_pod(self) -> Counter[str]:
-        return Counter(_status(o)["podUID"] for o in self.objects.values() if _status(o).get("podUID"))
+        return Counter({pod_uid: len(uids) for pod_uid, uids in self._on.items()})
 
     def checked_pool(self, obj: Json) -> Pool:
         """The pool of a FloatingIP; Final when the address is not of it: no other address is ever touched."""
@@ -84,13 +85,29 @@ class FloatingIPs:
         uid = obj["metadata"]["uid"]
         if uid in self.objects and version_of(obj) < version_of(self.objects[uid]):
             return  # the watch is behind what we wrote ourselves
-        self.objects[uid] = obj
+        self._put(obj)
         if address := _status(obj).get("address"):
             self._taken[uid] = address
         self._wake(uid)
 
+    def _put(self, obj: Json) -> None:
+        """Keep the object, without the field managers' book-keeping, and know it by its pod."""
+        uid = obj["metadata"]["uid"]
+        obj["metadata"].pop("managedFields", None)
+        self._off(uid)
+        self.objects[uid] = obj
+        if pod_uid := _status(obj).get("podUID"):
+            self._on.setdefault(pod_uid, set()).add(uid)
+
+    def _off(self, uid: str) -> None:
+        old = _status(self.objects.pop(uid, {})).get("podUID")
+        if old in self._on:
+            self._on[old].discard(uid)
+            if not self._on[old]:
+                del self._on[old]
+
     def gone(self, uid: str) -> None:
-        self.objects.pop(uid, None)
+        self._off(uid)
         self._taken.pop(uid, None)
         self._locks.pop(uid, None)
         self._freed.discard(uid)
@@ -408,9 +425,9 @@ class FloatingIPs:
         body = {"status": {**changes, "observedGeneration": meta.get("generation", 1)}}
         path = f"{ours(FLOATING_IPS, meta['namespace'], meta['name'])}/status"
         done = await until_done(lambda: self._ctx.kube.patch(path, body), timeouts.retry_s, timeouts.retry_max_s)
-        obj["status"], obj["metadata"] = done.get("status", {}), done["metadata"]
         if meta["uid"] in self.objects:
-            self.objects[meta["uid"]] = done
+            self._put(done)
+        obj["status"], obj["metadata"] = done.get("status", {}), done["metadata"]
 
     async def _publish(self, obj: Json, address: str, place: Place | None) -> None:
         spec, kube = FipSpec.of(obj), self._ctx.kube

@@ -34,6 +34,8 @@ class Slot:
 
     pod_uid: str
     node: str
+    reason: Reason
+    target: str = ""  # node; empty: not chosen yet
 
 
 @dataclass(slots=True)
@@ -58,6 +60,7 @@ class Jobs:
             self.finished[uid] = Finished.of(obj)
             self.open.pop(uid, None)
         elif uid not in self.finished:  # the watch may be behind what we wrote
+            obj["metadata"].pop("managedFields", None)
             self.open[uid] = obj
             self._look(uid)
 
@@ -142,8 +145,12 @@ class Jobs:
     # -- who may begin -------------------------------------------------------------------------------------
 
     def begin(self, run: Run, pod_uid: str, node: str) -> None:
-        self.slots[run.uid] = Slot(pod_uid, node)
+        self.slots[run.uid] = Slot(pod_uid, node, run.spec.reason, run.target_node)
         self.fips.busy.add(pod_uid)
+
+    def goes_to(self, run: Run, node: str) -> None:
+        """The next choice of a target takes it into account."""
+        self.slots[run.uid].target = node
 
     def _leave(self, uid: str) -> None:
         slot = self.slots.pop(uid, None)
@@ -171,16 +178,17 @@ class Jobs:
     def scene(self, run: Run, source: Pod) -> Scene:
         """What the choice of a target depends on, now."""
         view = self.ctx.view
-        others = [r for u, r in self.runs.items() if u != run.uid and u in self.slots]
+        mine = run.uid
+        others = [s for u, s in self.slots.items() if u != mine]
         return Scene(
             pods=list(view.pods_of(source.namespace)),
             nodes=view.nodes,
             agents=frozenset(a.node for a in view.agent_pods.values() if a.ready),
             zone=self._zone(source),
-            interrupted=frozenset(self.slots[r.uid].node for r in others if r.spec.reason in _INTERRUPTED),
-            taking=frozenset(s.pod_uid for u, s in self.slots.items() if u != run.uid),
+            interrupted=frozenset(s.node for s in others if s.reason in _INTERRUPTED),
+            taking=frozenset(s.pod_uid for s in others),
             addresses=self.fips.addresses_per_pod(),
-            incoming=Counter(r.target_node for r in others),
+            incoming=Counter(s.target for s in others if s.target),
         )
 
     def _zone(self, source: Pod) -> str:

@@ -61,7 +61,9 @@ def _is_named(pod: Pod, target: Target) -> bool:
 
 def refusal(source: Pod, pod: Pod, scene: Scene) -> str:
     """Why this pod cannot take over; empty: it can."""
-    return _unlike(source, pod) or _unfit(source, pod, scene) or _misplaced(pod, scene)
+    if pod.uid in scene.taking:  # first, as it is the reason of most when a thousand jobs begin at once
+        return "another job moves its streams away"
+    return _unlike(source, pod) or _unfit(source, pod) or _misplaced(pod, scene)
 
 
 def _unlike(source: Pod, pod: Pod) -> str:
@@ -72,14 +74,12 @@ def _unlike(source: Pod, pod: Pod) -> str:
     return "hostNetwork: it has no interface of its own" if pod.host_network else ""
 
 
-def _unfit(source: Pod, pod: Pod, scene: Scene) -> str:
+def _unfit(source: Pod, pod: Pod) -> str:
     if pod.deletion is not None:
         return "is being deleted"
     if not pod.ready:
         return "is not Ready"
-    if pod.node == source.node:
-        return f"runs on {source.node} like the source"
-    return "another job moves its streams away" if pod.uid in scene.taking else ""
+    return f"runs on {source.node} like the source" if pod.node == source.node else ""
 
 
 def _misplaced(pod: Pod, scene: Scene) -> str:

@@ -173,6 +173,7 @@ class Run:
             await self._end(Phase.SUCCEEDED, "nothing_to_move", f"nothing is left on {source.name}: {behind}")
             return False
         choice = await self._choose(source)
+        self.jobs.goes_to(self, choice.pod.node)
         addresses = self._addresses(source)
         self._write_down(source, choice, addresses)
         if self.spec.dry_run:

@@ -2,6 +2,9 @@
 
 The built-in engine is started as a process of its own, or --engine names the socket of one that runs already (in
 another container of the pod). When the engine dies, answers under way end with an error, and it is started again.
+
+`--engine vllm` is a stock vLLM server in another container, at --engine-url, with the KV pool of its Midstream
+connector at --engine-pool. It is started by whoever runs the pod; answers under way wait for it.
 """
 
 from __future__ import annotations
@@ -17,13 +20,15 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import uvloop
 
 from midstream_runtime import prestop
 from midstream_runtime.contract.errors import Final, MidstreamError, Retryable
-from midstream_runtime.engine.client import EngineClient
+from midstream_runtime.engine.client import EngineClient, GatewayEngine
 from midstream_runtime.engine.protocol import EngineInfo
+from midstream_runtime.engine.vllm.client import VllmEngine
 from midstream_runtime.gateway.app import Gateway, Settings
 from midstream_runtime.gateway.metrics import Metrics
 from midstream_runtime.handoff import Handoff
@@ -31,7 +36,10 @@ from midstream_runtime.handoff import Handoff
 log = logging.getLogger("midstream.serve")
 
 ENGINE_START_S = 120.0
+VLLM_START_S = 1800.0
+"""Weights are read and kernels compiled: large models take many minutes."""
 RETRY_S = 0.5
+VLLM = "vllm"
 SWEEP_S = 5.0
 
 
@@ -41,10 +49,42 @@ class Options:
     path_mtu: int
     handoff: str | None
     engine: str | None
+    engine_url: str
+    engine_pool: str | None
     engine_argv: Sequence[str]
     grace_s: float
     prestop_port: int
     gateway: Settings
+
+
+class Keeper(Protocol):
+    async def connect(self) -> tuple[GatewayEngine, EngineInfo]:
+        """A new connection; Retryable when no engine came up in time, Final when none will."""
+
+    async def stop(self) -> None: ...
+
+
+class VllmKeeper:
+    """Waits for a stock vLLM server that somebody else runs."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+
+    async def connect(self) -> tuple[GatewayEngine, EngineInfo]:
+        try:
+            async with asyncio.timeout(VLLM_START_S):
+                while True:
+                    try:
+                        engine = await VllmEngine.connect(self._options.engine_url, self._options.engine_pool)
+                        return engine, await engine.info()
+                    except Retryable:
+                        await asyncio.sleep(RETRY_S)
+        except TimeoutError as error:
+            url = self._options.engine_url
+            raise Retryable("engine_unreachable", f"no vLLM server at {url} after {VLLM_START_S:g} s") from error
+
+    async def stop(self) -> None:
+        """It is not ours."""
 
 
 class EngineKeeper:
@@ -55,7 +95,7 @@ class EngineKeeper:
         self._path = options.engine or os.path.join(folder, "engine.sock")
         self._process: asyncio.subprocess.Process | None = None
 
-    async def connect(self) -> tuple[EngineClient, EngineInfo]:
+    async def connect(self) -> tuple[GatewayEngine, EngineInfo]:
         """A new connection; Retryable when no engine came up in time, Final when it ended by itself."""
         if self._options.engine is None and (self._process is None or self._process.returncode is not None):
             try:
@@ -96,7 +136,7 @@ async def run(options: Options) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     with tempfile.TemporaryDirectory(prefix="midstream-") as folder:
-        keeper = EngineKeeper(options, folder)
+        keeper: Keeper = VllmKeeper(options) if options.engine == VLLM else EngineKeeper(options, folder)
         try:
             client, info = await keeper.connect()
             gateway = Gateway(info, options.gateway, Metrics())
@@ -122,7 +162,7 @@ async def run(options: Options) -> None:
             await keeper.stop()
 
 
-async def _keep_engine(gateway: Gateway, keeper: EngineKeeper, client: EngineClient) -> None:
+async def _keep_engine(gateway: Gateway, keeper: Keeper, client: GatewayEngine) -> None:
     while True:
         await client.lost()
         log.error("the engine is gone; answers under way have failed, starting it again")
@@ -149,7 +189,7 @@ async def _drain(gateway: Gateway, grace_s: float) -> None:
     """Let answers under way end."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(grace_s):
-            while gateway.answers:  # noqa: ASYNC110 - it changes in callbacks of many kinds
+            while gateway.busy:  # noqa: ASYNC110 - it changes in callbacks of many kinds
                 await asyncio.sleep(0.05)
 
 
@@ -160,8 +200,12 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     add("--listen", default="[::]:8000", help="address and port for clients (%(default)s)")
     add("--path-mtu", type=int, default=1500, help="MTU between clients and this pod, bytes (%(default)s)")
     add("--handoff", help="unix socket for the node's agent ($MIDSTREAM_HANDOFF, /run/midstream/handoff.sock)")
-    add("--engine", help="unix socket of an engine that runs already; else the built-in one is started")
+    add("--engine", help="unix socket of an engine that runs already, or 'vllm'; else the built-in one is started")
+    add("--engine-url", default="http://127.0.0.1:8001", help="of the vLLM server (%(default)s)")
+    add("--engine-pool", default="/run/midstream/pool.sock", help="of vLLM's connector, '' without (%(default)s)")
     add("--engine-python", default=sys.executable, help="Python with torch, for the built-in engine (%(default)s)")
+    add("--engine-chat", default="ids", choices=("ids", "native"),
+        help="native: chats go through vLLM's own endpoint, since it has a reasoning parser (%(default)s)")
     for name, default in (("--model", "tiny"), ("--pool-slots", "8192"), ("--pace-ms", "0"), ("--device", "cpu")):
         add(name, default=default, help="of the built-in engine (%(default)s)")
     add("--max-body-bytes", type=int, default=8 << 20, help="largest request body (%(default)s)")
@@ -179,13 +223,18 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         path_mtu=args.path_mtu,
         handoff=args.handoff,
         engine=args.engine,
+        engine_url=args.engine_url,
+        engine_pool=args.engine_pool or None,
         engine_argv=[
             args.engine_python, "-m", "midstream_runtime.engine.builtin", "--model", args.model,
             "--pool-slots", args.pool_slots, "--pace-ms", args.pace_ms, "--device", args.device,
         ],
         grace_s=args.grace_s,
         prestop_port=args.prestop_port,
-        gateway=Settings(args.max_body_bytes, args.idle_s, os.environ.get("MIDSTREAM_TEST_ZERO_KV") == "1"),
+        gateway=Settings(
+            args.max_body_bytes, args.idle_s, zero_kv=os.environ.get("MIDSTREAM_TEST_ZERO_KV") == "1",
+            native_chat=args.engine_chat == "native",
+        ),
     )  # fmt: skip
 
 

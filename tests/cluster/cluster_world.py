@@ -83,6 +83,16 @@ class Agents:
             self.do("stop-at", steps=[])
 
 
+def chart_rights(assets: Path) -> str:
+    """Accounts and roles that the chart grants where others make certificates and no webhook is served, as here."""
+    argv = [
+        str(assets / "helm"), "template", "midstream", str(CHECKOUT / "charts/midstream"), "-n", NAMESPACE,
+        "--set", "tls.issuer=files", "--set", "webhook.enabled=false",
+        "--show-only", "templates/rbac.yaml", "--show-only", "templates/serviceaccounts.yaml",
+    ]  # fmt: skip
+    return subprocess.run(argv, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
 def python_path() -> str:
     return os.pathsep.join(str(CHECKOUT / p) for p in ("operator", "agent", "runtime", "tests/testbed"))
 
@@ -159,7 +169,8 @@ class World:
         authority = Authority(folder / "tls")
         cert, key = authority.issue(OPERATOR)
         with ControlPlane(folder / "plane", assets) as plane:
-            plane.kubectl("apply", "-f", str(HERE / "operator_rbac.yaml"))
+            plane.kubectl("create", "namespace", NAMESPACE)
+            plane.kubectl("apply", "-n", NAMESPACE, "-f", "-", stdin=chart_rights(assets))
             plane.kubectl(
                 "apply", *(x for n in ("migrationjob", "floatingip") for x in ("-f", f"{CHECKOUT}/crds/{n}.yaml"))
             )

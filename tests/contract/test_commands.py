@@ -33,7 +33,7 @@ def test_make_test_runs_every_kind_under_a_limit() -> None:
     assert kinds <= set(re.findall(r"\[(test-[a-z0-9]+)\]=\d+", PARTS))
 
 
-@pytest.mark.parametrize("name", ["run", "operator", "dev", "go"])
+@pytest.mark.parametrize("name", ["run", "operator", "dev", "go", "vllm"])
 def test_locks_hold_hashes_and_no_registry(name: str) -> None:
     lock = (ROOT / f"requirements/{name}.txt").read_text(encoding="utf-8")
     wanted = re.findall(r"^([a-z0-9-]+)==", (ROOT / f"requirements/{name}.in").read_text(encoding="utf-8"), re.M)

@@ -22,7 +22,7 @@ def _names(path: Path) -> set[str]:
 def test_every_error_name_is_documented() -> None:
     documented = (ROOT / "docs/errors.md").read_text(encoding="utf-8")
     used: set[str] = set()
-    for folder in ("agent/midstream_agent", "operator"):
+    for folder in ("agent/midstream_agent", "operator", "runtime/midstream_runtime"):
         for path in (ROOT / folder).rglob("*.py"):
             used |= _names(path)
     assert len(used) > 40, "the search itself must find something"

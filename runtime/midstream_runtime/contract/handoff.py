@@ -13,7 +13,7 @@ Linux takes at most 253 a message (SCM_MAX_FD), so a reply with more is several 
 
 | kind | fields | reply | what the pod does |
 |---|---|---|---|
-| hello | version, min_version, node | the same, pod_kind, model, pool, listeners; fd of the pool | nothing |
+| hello | version, min_version, node | the same, pod_kind, model, pool, listeners, load; fd of the pool | nothing |
 | prepare | job, addresses | | nothing is closed any more while bytes of it are queued |
 | settle | job, addresses | accepted | accepts until the kernel has no more |
 | streams | addresses | streams: id, local, remote, movable, reason, tokens, kv_bytes | nothing |
@@ -33,6 +33,8 @@ Linux takes at most 253 a message (SCM_MAX_FD), so a reply with more is several 
 | discard | job | | closes blanks, frees slots |
 | fds | job | fds | the sockets of a paused or staged job again, for an agent that restarted |
 | status | | connections, jobs | nothing |
+
+`load` is null or {kv_free (share of the KV cache), running, waiting (requests)}, for whoever chooses a target.
 
 The `kv` requests came with version 3; to an older pod the agent brings KV at the pause only. They belong to
 the agent's connection and end with it. A BLOCK is u32 slot (0 in `kv_land`, whose header names them), 32 bytes of hash,

@@ -18,11 +18,12 @@ import socket
 import struct
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from midstream_runtime.contract.errors import Final, MidstreamError, Retryable
 from midstream_runtime.engine import ipc
 from midstream_runtime.engine.protocol import (
+    Engine,
     EngineInfo,
     EngineState,
     PoolInfo,
@@ -31,11 +32,36 @@ from midstream_runtime.engine.protocol import (
     TokenEvent,
 )
 
+if TYPE_CHECKING:
+    from midstream_runtime.engine.vllm.upstream import Upstream
+
 _READ_BYTES = 1 << 20
 _ANCILLARY_BYTES = socket.CMSG_SPACE(4 * 4)
 
 Sink = Callable[[list[tuple[str, TokenEvent]]], None]
 """Gets the events of one step that belong to requests started with it, in the engine's order."""
+
+
+class GatewayEngine(Engine, Protocol):
+    """What the gateway uses of an engine beyond the protocol; `EngineClient` and `VllmEngine` are two."""
+
+    on_lost: Callable[[MidstreamError], None] | None
+    """Called once, when the engine is gone."""
+    on_change: Callable[[EngineInfo], None] | None
+    """Called when the engine goes on with another pool."""
+    healthy: bool
+    load: dict[str, float] | None
+    """{kv_free: share, running, waiting}: for whoever chooses a target. None: not known."""
+
+    @property
+    def upstream(self) -> Upstream | None:
+        """The engine's own HTTP server, for requests that this protocol cannot express."""
+
+    async def start(self, requests: Sequence[StartRequest], sink: Sink) -> dict[str, MidstreamError]: ...
+
+    async def lost(self) -> None: ...
+
+    async def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -76,6 +102,10 @@ class EngineClient:
         self._gone = asyncio.Event()
         self._fds: list[int] = []
         self.on_lost: Callable[[MidstreamError], None] | None = None
+        self.on_change: Callable[[EngineInfo], None] | None = None
+        self.upstream: Upstream | None = None
+        self.healthy = True
+        self.load: dict[str, float] | None = None
 
     @classmethod
     async def connect(cls, path: str) -> EngineClient:

@@ -39,12 +39,15 @@ class SamplingParams:
     repetition_penalty: float | None = None
     """None: the model's own default (`generation_config.json`); 1.0: none. Counts the newest 256 tokens."""
     logprobs: bool = False
+    unset: tuple[str, ...] = ()
+    """Names that the client left out, for an engine that has defaults of its own for them."""
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> SamplingParams:
         """Unknown names are refused (TypeError): a parameter dropped in silence would change the answer."""
         fields = dict(data)
-        fields["stop"] = tuple(fields.get("stop", ()))
+        for name in ("stop", "unset"):
+            fields[name] = tuple(fields.get(name, ()))
         return cls(**fields)
 
     def to_json(self) -> dict[str, Any]:
@@ -101,6 +104,8 @@ class EngineState:
     """Bytes of an incomplete UTF-8 character at the end of the generated ids."""
     held_text: str = ""
     """Text that was decoded but not emitted, since a stop string may be beginning."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """What only this kind of engine knows of an answer; JSON."""
 
     def with_slots(self, slots: Sequence[int | None]) -> EngineState:
         """The same state over other slot numbers, one for each block of `kv`."""
@@ -120,6 +125,7 @@ class EngineState:
             "kv_tokens": _pack([block.tokens for block in self.kv]),
             "undecoded": self.undecoded.hex(),
             "held_text": self.held_text,
+            "extra": self.extra,
         }
 
     @classmethod
@@ -134,6 +140,7 @@ class EngineState:
             kv=[KvBlock(None if s == _NO_SLOT else s, t) for s, t in zip(slots, tokens, strict=True)],
             undecoded=bytes.fromhex(data["undecoded"]),
             held_text=str(data["held_text"]),
+            extra=dict(data.get("extra", {})),
         )
 
 
@@ -221,6 +228,13 @@ class Engine(Protocol):
     async def free(self, slots: Sequence[int]) -> None:
         """Gives back reserved slots that no resumed request took."""
 
+    async def stats(self) -> dict[str, Any]:
+        """Running, waiting and paused requests, free slots, totals; `requests`: RequestStats by id."""
+
+
+class KvSharing(Protocol):
+    """Beside `Engine`, of one whose sealed blocks can have several owners: they are copied while answers go on."""
+
     async def kv(self, known: Mapping[str, int], limit: int) -> dict[str, list[int]]:
         """Slots of the requests' sealed blocks, from block `known[id]` on, at most `limit` in all. They stay
         until `unhold`, whatever becomes of the request. Requests without any are absent."""
@@ -233,6 +247,3 @@ class Engine(Protocol):
 
     async def unhold(self, slots: Sequence[int]) -> None:
         """One hold less of each; a slot named twice was held twice."""
-
-    async def stats(self) -> dict[str, Any]:
-        """Running, waiting and paused requests, free slots, totals; `requests`: RequestStats by id."""

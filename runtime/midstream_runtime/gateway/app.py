@@ -17,8 +17,9 @@ from typing import Any, cast
 
 from midstream_runtime.contract.errors import MidstreamError, Retryable
 from midstream_runtime.contract.pool import PoolView, SlotState
-from midstream_runtime.engine.client import EngineClient
+from midstream_runtime.engine.client import EngineClient, GatewayEngine
 from midstream_runtime.engine.protocol import EngineInfo, EngineState, RequestStats, TokenEvent
+from midstream_runtime.engine.vllm.upstream import Upstream
 from midstream_runtime.gateway.http import HttpError
 from midstream_runtime.gateway.metrics import Metrics
 from midstream_runtime.gateway.stream import Answer, Stream
@@ -34,6 +35,8 @@ class Settings:
     """A connection on which nothing is asked for this long is closed."""
     zero_kv: bool = False
     """For tests: wipe the KV that comes with a migration, so that an answer that uses it must change."""
+    native_chat: bool = False
+    """Chats go to the engine's own server: it shapes their answers (tool and reasoning parsers)."""
 
 
 class Gateway(App):
@@ -46,7 +49,7 @@ class Gateway(App):
         self.streams: set[Stream] = set()
         self.answers: dict[str, Stream] = {}
         """By the engine's name of the answer."""
-        self._engine: EngineClient | None = None
+        self._engine: GatewayEngine | None = None
         self._names = count(1)
         self._background: set[asyncio.Task[None]] = set()
         self._pool: tuple[mmap.mmap, PoolView] | None = None
@@ -54,21 +57,36 @@ class Gateway(App):
 
     # -- engine --------------------------------------------------------------------------------------------
 
-    def attach(self, engine: EngineClient) -> None:
+    def attach(self, engine: GatewayEngine) -> None:
         """Use this engine; it must serve the model that `info` names."""
         self._engine = engine
-        engine.on_lost = self._engine_lost
+        engine.on_lost, engine.on_change = self._engine_lost, self._engine_changed
+        self._map_pool(engine)
+        self.metrics.engine_up.set(1)
+
+    def _engine_changed(self, info: EngineInfo) -> None:
+        """The same engine with another pool."""
+        self.info = info
+        if self._engine is not None:
+            self._map_pool(self._engine)
+
+    def _map_pool(self, engine: GatewayEngine) -> None:
+        self._pool = None
         fd = engine.pool_fd()
         if fd is not None:
             access = mmap.PROT_READ | (mmap.PROT_WRITE if self.settings.zero_kv else 0)
             memory = mmap.mmap(fd, 0, mmap.MAP_SHARED, access)
             self._pool = (memory, PoolView(memoryview(memory)))
-        self.metrics.engine_up.set(1)
 
-    def engine(self) -> EngineClient:
+    def engine(self) -> GatewayEngine:
         if self._engine is None:
             raise Retryable("engine_lost", "the engine is not there: it is being started again, try later")
         return self._engine
+
+    @property
+    def upstream(self) -> Upstream | None:
+        """The engine's own HTTP server, for requests that go to it as they came; None: it has none."""
+        return self._engine.upstream if self._engine is not None else None
 
     def _engine_lost(self, error: MidstreamError) -> None:
         self._engine, self._pool = None, None
@@ -76,6 +94,11 @@ class Gateway(App):
         for stream in list(self.answers.values()):
             stream.fail(error)
         self.answers.clear()
+
+    @property
+    def busy(self) -> bool:
+        """Is anybody still being answered?"""
+        return bool(self.answers) or any(stream.passing is not None for stream in self.streams)
 
     def new_name(self) -> str:
         return f"a{next(self._names)}"
@@ -126,7 +149,7 @@ class Gateway(App):
     def page(self, path: str) -> tuple[int, bytes, str]:
         """Status, body and media type of what is not an answer of the model."""
         if path == "/health":
-            if self._engine is None:
+            if self._engine is None or not self._engine.healthy:
                 return 503, b'{"status":"no engine"}', "application/json"
             return 200, b'{"status":"ok"}', "application/json"
         if path == "/metrics":
@@ -144,7 +167,7 @@ class Gateway(App):
     def close_idle(self) -> None:
         now = time.monotonic()
         for stream in list(self.streams):
-            if stream.answer is None and not stream.connection.frozen and now > stream.deadline:
+            if not stream.busy and not stream.connection.frozen and now > stream.deadline:
                 stream.close_idle()
 
     # -- migration: what the handoff asks for ----------------------------------------------------------------
@@ -157,6 +180,9 @@ class Gateway(App):
         if self.info.pool is None or fd is None:
             return None
         return dict(vars(self.info.pool)), fd
+
+    def load(self) -> dict[str, float] | None:
+        return self._engine.load if self._engine is not None else None
 
     def kv_bytes(self, tokens: int) -> int:
         pool = self.info.pool
@@ -204,8 +230,8 @@ class Gateway(App):
 
     async def kv(self, handlers: Sequence[Handler], known: Sequence[int], limit: int) -> list[list[KvEntry]]:
         names = [s.answer.name if s.answer is not None and s.answer.begun else "" for s in _ours(handlers)]
-        if self._engine is None or self._pool is None or self.info.pool is None:
-            return [[] for _ in names]
+        if not isinstance(self._engine, EngineClient) or self._pool is None or self.info.pool is None:
+            return [[] for _ in names]  # only the built-in engine names blocks of answers that go on
         wanted = {name: blocks for name, blocks in zip(names, known, strict=True) if name}
         slots = await self._engine.kv(wanted, limit)
         return [[self._entry(slot) for slot in slots.get(name, ())] for name in names]
@@ -216,13 +242,18 @@ class Gateway(App):
         return KvEntry(slot, self.info.pool.slot_bytes, info.checksum, info.block_hash)
 
     async def have(self, hashes: Sequence[bytes]) -> list[int | None]:
-        return await self.engine().have(hashes)
+        engine = self.engine()
+        return await engine.have(hashes) if isinstance(engine, EngineClient) else [None] * len(hashes)
 
     async def land(self, blocks: Sequence[KvEntry]) -> None:
-        await self.engine().land([b.slot for b in blocks], [(b.block_hash, b.digest) for b in blocks])
+        engine = self.engine()
+        if not isinstance(engine, EngineClient):
+            await super().land(blocks)
+            return
+        await engine.land([b.slot for b in blocks], [(b.block_hash, b.digest) for b in blocks])
 
     async def unhold(self, slots: Sequence[int]) -> None:
-        if slots and self._engine is not None:
+        if slots and isinstance(self._engine, EngineClient):
             await self._engine.unhold(slots)
 
     async def stage(
@@ -258,6 +289,8 @@ class Gateway(App):
             await self._engine.resume(names)
         for stream in streams:
             stream.touch()
+            if stream.passing is not None:
+                stream.passing.resume()
             stream.proceed()
 
     def _wipe(self, slots: Sequence[int | None]) -> None:

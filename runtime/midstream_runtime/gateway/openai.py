@@ -72,6 +72,7 @@ def parse(kind: Kind, body: bytes, served: str) -> Ask:
 
 
 def _params(reader: _Reader, kind: Kind) -> tuple[SamplingParams, bool]:
+    unset = tuple(name for name in ("temperature", "top_p", "top_k") if name not in reader.fields)
     limit = reader.integer("max_tokens", None, low=1)
     if kind == "chat":
         limit = reader.integer("max_completion_tokens", limit, low=1)
@@ -94,6 +95,7 @@ def _params(reader: _Reader, kind: Kind) -> tuple[SamplingParams, bool]:
         frequency_penalty=reader.number("frequency_penalty", 0.0, -2, 2),
         repetition_penalty=reader.number("repetition_penalty", None, 1e-3, 1e3),
         logprobs=logprobs,
+        unset=unset,
     )
     return params, limit is None and kind == "chat"
 

@@ -3,7 +3,8 @@
     reading --whole request--> waiting for ids --> answering --last token--> reading ...
 
 What is moved: bytes that are not a whole request yet (or belong to the next one), and the answer under way. A
-request whose generation has not begun is put back among the bytes: the target begins it.
+request whose generation has not begun is put back among the bytes: the target begins it. What an engine's own server
+answers is passthrough.py's matter.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from midstream_runtime.contract.errors import Final, MidstreamError, Retryable
 from midstream_runtime.engine.client import StartRequest
 from midstream_runtime.engine.protocol import EngineState, RequestStats, TokenEvent
 from midstream_runtime.gateway import http, openai
+from midstream_runtime.gateway.passthrough import Passthrough
+from midstream_runtime.gateway.replay import Replay
 from midstream_runtime.handoff import Connection, Movable
 
 if TYPE_CHECKING:
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
 
 MAX_WAITING_BYTES = 256 << 10
 """Bytes of further requests that are read while an answer is under way; then TCP slows the client down."""
+OWN_PATHS = {"/health", "/metrics"}
+"""Answered here also where the engine has a server of its own."""
 _PREFIX = {"completion": "cmpl", "chat": "chatcmpl"}
 _STATE = struct.Struct("<I")
 
@@ -75,12 +80,14 @@ class Answer:
 class Stream:
     """Handler of one connection."""
 
-    __slots__ = ("answer", "connection", "deadline", "gateway", "reader", "__weakref__")  # fmt: skip # noqa: RUF023
+    __slots__ = ("answer", "connection", "deadline", "gateway", "passing", "reader", "__weakref__")  # fmt: skip # noqa: RUF023
 
     def __init__(self, gateway: Gateway, connection: Connection, raw: bytes = b"", continued: bool = False) -> None:
         self.gateway, self.connection = gateway, connection
         self.reader = http.RequestReader(gateway.settings.max_body_bytes, raw, continued)
         self.answer: Answer | None = None
+        self.passing: Passthrough | None = None
+        """A request that the engine's own server answers; never beside an `answer`."""
         self.deadline = 0.0
         self.touch()
         gateway.streams.add(self)
@@ -103,7 +110,13 @@ class Stream:
         self.gateway.metrics.lost.inc()
         self.forget()
 
+    @property
+    def busy(self) -> bool:
+        return self.answer is not None or self.passing is not None
+
     def movable(self) -> Movable:
+        if self.passing is not None:
+            return self.passing.movable()
         if self.answer is None:
             return Movable()
         tokens = self.answer.tokens
@@ -120,7 +133,7 @@ class Stream:
 
     def proceed(self) -> None:
         """Take up whole requests until one is being answered."""
-        while self.answer is None and not self.connection.frozen and self in self.gateway.streams:
+        while not self.busy and not self.connection.frozen and self in self.gateway.streams:
             try:
                 taken = self.reader.take()
             except http.HttpError as error:
@@ -133,7 +146,7 @@ class Stream:
                     self.connection.write(http.CONTINUE)
                 break
             self._route(*taken)
-        self.connection.read_more(self.answer is None or self.reader.waiting_bytes < MAX_WAITING_BYTES)
+        self.connection.read_more(not self.busy or self.reader.waiting_bytes < MAX_WAITING_BYTES)
 
     def _route(self, request: http.Request, raw: bytes) -> None:
         path, method = request.path.rstrip("/") or "/", request.method
@@ -145,6 +158,8 @@ class Stream:
             elif kind is not None:
                 self._must_be(request, "POST")
                 self._ask(kind, request, raw)
+            elif self.gateway.upstream is not None and path not in OWN_PATHS:
+                self.passing = Passthrough(self, request, raw)
             else:
                 self._must_be(request, "GET", "HEAD")
                 status, body, media = self.gateway.page(path)
@@ -173,7 +188,17 @@ class Stream:
 
     def _ask(self, kind: openai.Kind, request: http.Request, raw: bytes) -> None:
         info = self.gateway.info
-        ask = openai.parse(kind, request.body, info.model)
+        if kind == "chat" and self.gateway.settings.native_chat and self.gateway.upstream is not None:
+            self.passing = Passthrough(self, request, raw)
+            return
+        try:
+            ask = openai.parse(kind, request.body, info.model)
+        except http.HttpError:
+            if self.gateway.upstream is None:
+                raise
+            # More than can be carried by ids, or a mistake that the engine's own server words in its own way.
+            self.passing = Passthrough(self, request, raw)
+            return
         name = f"{_PREFIX[kind]}-{secrets.token_hex(12)}"
         stream = ask.stream
         form = openai.Form(
@@ -261,8 +286,13 @@ class Stream:
         self.connection.write(answer.form.failure(refusal))
         self._end(keep_alive=False)
 
+    def passed(self, passing: Passthrough, *, keep_alive: bool) -> None:
+        """The engine's own server has answered."""
+        if self.passing is passing:
+            self._end(keep_alive)
+
     def _end(self, keep_alive: bool) -> None:
-        self.answer = None
+        self.answer = self.passing = None
         self.touch()
         if keep_alive:
             self.proceed()
@@ -283,7 +313,14 @@ class Stream:
     # -- migration -----------------------------------------------------------------------------------------
 
     def suspend(self) -> None:
-        """Put back a request that has not reached the engine."""
+        """Put back a request that has not reached the engine, or can as well be begun elsewhere."""
+        passing = self.passing
+        if passing is not None:
+            passing.hold()
+            if passing.can_begin_again:
+                passing.stop()
+                self.passing = None
+                self.reader.put_back(passing.raw)
         answer = self.answer
         if answer is not None and not answer.begun:
             if answer.task is not None:
@@ -294,6 +331,9 @@ class Stream:
     def forget(self) -> None:
         """No more of this stream here; the engine drops its answer."""
         self.gateway.streams.discard(self)
+        passing, self.passing = self.passing, None
+        if passing is not None:
+            passing.stop()
         answer, self.answer = self.answer, None
         if answer is None:
             return
@@ -309,8 +349,16 @@ class Stream:
             if engine is None:
                 raise Final("pod_internal", f"the engine does not know the answer {self.answer.name}")
             answer = self.answer.to_json(engine)
-        text = json.dumps({"continued": self.reader.continued, "answer": answer}, separators=(",", ":")).encode()
-        return b"".join([_STATE.pack(len(text)), text, self.reader.raw])
+        state: dict[str, Any] = {"continued": self.reader.continued, "answer": answer}
+        request = b""
+        if self.passing is not None:
+            movable = self.passing.movable()
+            if not movable.movable:
+                raise Final("stream_not_movable", f"a stream that is let finish ({movable.reason}) was to be moved")
+            request = self.passing.raw
+            state["passing"] = {**self.passing.to_json(), "bytes": len(request)}
+        text = json.dumps(state, separators=(",", ":")).encode()
+        return b"".join([_STATE.pack(len(text)), text, request, self.reader.raw])
 
     @classmethod
     def unpack(
@@ -320,13 +368,26 @@ class Stream:
         (length,) = _STATE.unpack_from(state)
         end = _STATE.size + length
         data = json.loads(state[_STATE.size : end])
-        stream = cls(gateway, connection, state[end:], bool(data["continued"]))
+        passing = data.get("passing")
+        rest = end + (passing["bytes"] if passing else 0)
+        stream = cls(gateway, connection, state[rest:], bool(data["continued"]))
+        if passing:
+            stream._pass_on(state[end:rest], Replay(passing["shown"], passing["common"]))
         if data["answer"] is None:
             return stream, None
         answer = stream.answer = Answer.from_json(data["answer"], gateway.new_name())
         engine = EngineState.from_json(data["answer"]["engine"])
         here = [None if block.slot is None else slots[block.slot] for block in engine.kv]
         return stream, StartRequest(answer.name, state=engine.with_slots(here), paused=True)
+
+    def _pass_on(self, raw: bytes, replay: Replay) -> None:
+        """A request whose answer is generated again."""
+        if self.gateway.upstream is None:
+            raise Final("engine_kind", "a vLLM server's answer came to a gateway without one: same pod template?")
+        taken = http.RequestReader(self.gateway.settings.max_body_bytes, raw).take()
+        if taken is None:
+            raise Final("bad_request", "the request of an answer that came is not whole")
+        self.passing = Passthrough(self, *taken, replay)
 
 
 def _refusal(error: MidstreamError) -> http.HttpError:

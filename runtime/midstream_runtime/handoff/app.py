@@ -86,6 +86,11 @@ class App:
         """The KV pool's description ({fingerprint, slots, slot_bytes, data_offset, block_tokens}) and memfd (kept)."""
         return None
 
+    def load(self) -> dict[str, float] | None:
+        """{kv_free: share of the KV cache, running, waiting: requests}, for whoever chooses a target; None: not
+        known."""
+        return None
+
     async def pause(self, handlers: Sequence[Handler]) -> Paused:
         """Stop at a boundary. What is written meanwhile is part of the connections' state."""
         return Paused([h.save() for h in handlers])

@@ -219,6 +219,7 @@ class Handoff:
             "model": self.app.model(),
             "pool": described[0] if described else None,
             "listeners": listeners,
+            "load": self.app.load(),
         }
         return Reply(fields, fds=[described[1]] if described else [])
 

@@ -83,6 +83,8 @@ class Demo:
     zero_kv: bool = False
     slow_send_ms: float = 0.0
     """As if checkpoints and KV took this long to reach the target."""
+    steer: bool = False
+    """Agents with a tunnel. The answer must be long: clients do not wait for the address any more."""
     quiet: bool = False
     folder: Path = Path()
     began: float = field(default_factory=time.monotonic)
@@ -95,7 +97,10 @@ class Demo:
 
     def run(self) -> Play:
         self.say(f"testbed: router, two hosts, a client outside the VPC; an address move takes {self.move_seconds:g} s")
-        with Vpc.create(move_seconds=self.move_seconds) as vpc, Fleet(vpc, self.folder, self.without_hold) as fleet:
+        with (
+            Vpc.create(move_seconds=self.move_seconds) as vpc,
+            Fleet(vpc, self.folder, self.without_hold, self.steer) as fleet,
+        ):
             source, target = vpc.host("node-a"), vpc.host("node-b")
             client = vpc.client("client")
             pods = self._serve(fleet, source, target)
@@ -269,7 +274,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = Path(tempfile.mkdtemp(prefix="midstream-demo-"))
     demo = Demo(
         args.streams, args.tokens, args.pace_ms, args.move_seconds, args.without_hold, args.zero_kv,
-        args.slow_send_ms, False, folder,
+        args.slow_send_ms, args.steer, False, folder,
     )  # fmt: skip
     try:
         play = demo.run()
@@ -295,6 +300,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=int(env.get("DEMO_TOKENS") or 900))
     parser.add_argument("--pace-ms", type=float, default=float(env.get("DEMO_PACE_MS") or 4))
     parser.add_argument("--move-seconds", type=float, default=float(env.get("DEMO_MOVE_SECONDS") or 0))
+    parser.add_argument("--steer", action="store_true", default=bool(env.get("DEMO_STEER")), help="switchover Steer")
     parser.add_argument("--without-hold", action="store_true", help="the control: must fail")
     parser.add_argument(
         "--zero-kv", action="store_true", help="the control: moved KV is zeroed, the answer must change"

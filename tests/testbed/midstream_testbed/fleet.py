@@ -83,6 +83,8 @@ class Fleet:
     vpc: Vpc
     folder: Path
     without_hold: bool = False
+    steer: bool = False
+    """Agents with a tunnel, whose jobs steer by default; without, clients wait until an address has moved."""
     agents: dict[str, Agent] = field(default_factory=dict)
     pods: dict[str, Serving] = field(default_factory=dict)
     authority: Authority = field(init=False)
@@ -120,7 +122,8 @@ class Fleet:
             "--tls-ca", str(self.authority.ca), "--tls-cert", str(cert), "--tls-key", str(key),
             "--bpffs", str(bpffs), "--state-dir", str(state_dir), "--cgroup-root", str(host.cgroups[0].parent),
             "--nic", eni.name, "--nic-gateway-v4", eni.gateway4, "--nic-gateway-v6", eni.gateway6,
-            "--mtu", str(self.vpc.mtu), "--boot-id", f"{self.vpc.prefix}-{host.name}-boot-1", *options,
+            "--mtu", str(self.vpc.mtu), "--boot-id", f"{self.vpc.prefix}-{host.name}-boot-1",
+            *([] if self.steer else ["--no-tunnel"]), *options,
         ]  # fmt: skip
         env = {
             "MIDSTREAM_FAILPOINT_FILE": str(self.folder / f"{host.name}.failpoints"),

@@ -1,0 +1,137 @@
+"""End to end on the testbed: a stock vLLM server and a gateway in a pod on each host, real agents, curl streams."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from midstream_testbed.fleet import GATEWAY_PORT, Fleet
+from midstream_testbed.machine import Pod
+from midstream_testbed.namespace import Process
+from midstream_testbed.vpc import Vpc
+from town import ADDRESS, PORT, Town
+from vllm_servers import NAME, environment, serve_argv, transfer_config
+
+POOL = "/run/midstream/pool.sock"
+"""In the pod's own /run, which its processes share as containers share a volume."""
+SERVER_PORT = 8001
+BLOCK_TOKENS = 128
+"""The agent reserves four blocks a stream for what is decoded between its listing and the pause: with a model as
+small as this, hundreds of tokens."""
+PROMPT_TOKENS = 100
+TOKENS = 1200
+URL = f"http://{ADDRESS}:{PORT}/v1/completions"
+
+
+class VllmTown(Town):
+    """Pods with a vLLM server beside the gateway."""
+
+    def serve_vllm(self, model: Path, *, connector: bool) -> None:
+        env = environment(VLLM_HOST_IP="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
+        config = transfer_config(POOL) if connector else None
+        for host in self.hosts:
+            pod = host.add_pod(f"vllm-{host.name}")
+            server = serve_argv(model, SERVER_PORT, config, "--block-size", str(BLOCK_TOKENS))
+            pod.popen(server, env=env, name="vllm")
+            argv = [
+                sys.executable, "-m", "midstream_runtime.serve", "--listen", f"[::]:{GATEWAY_PORT}",
+                "--path-mtu", str(self.vpc.mtu), "--engine", "vllm", "--engine-url", f"http://127.0.0.1:{SERVER_PORT}",
+                "--engine-pool", POOL if connector else "",
+            ]  # fmt: skip
+            self.pods.append(self.fleet.run_pod(pod, argv, "vllm"))
+        for pod in self.pods:
+            self.fleet.wait_ready(pod.name, 300)
+        self.fleet.attach(self.pods[0], ADDRESS)
+
+    def metric(self, pod: Pod, name: str) -> float:
+        """Of the vLLM server in the pod."""
+        done = pod.run(["curl", "-sS", f"http://127.0.0.1:{SERVER_PORT}/metrics"], check=True)
+        found = re.findall(rf"^{re.escape(name)}(?:\{{[^}}]*\}})? (\S+)$", done.stdout, re.M)
+        assert found, f"no metric {name}"
+        return sum(float(value) for value in found)
+
+    def hits(self, pod: Pod) -> tuple[float, float]:
+        names = ("vllm:external_prefix_cache_queries_total", "vllm:external_prefix_cache_hits_total")
+        return self.metric(pod, names[0]), self.metric(pod, names[1])
+
+
+def _town(model: Path, folder: Path, *, connector: bool) -> Iterator[VllmTown]:
+    with Vpc.create() as vpc, Fleet(vpc, folder) as fleet:
+        town = VllmTown(vpc, fleet)
+        town.serve_vllm(model, connector=connector)
+        yield town
+
+
+@pytest.fixture
+def vllm_town(tiny_model: Path, tmp_path: Path) -> Iterator[VllmTown]:
+    yield from _town(tiny_model, tmp_path, connector=True)
+
+
+@pytest.fixture
+def plain_town(tiny_model: Path, tmp_path: Path) -> Iterator[VllmTown]:
+    """Without the connector."""
+    yield from _town(tiny_model, tmp_path, connector=False)
+
+
+def body(first: int, tokens: int = TOKENS, **more: Any) -> str:
+    prompt = [3 + (first * 97 + i * 31) % 400 for i in range(PROMPT_TOKENS)]
+    base = {"model": NAME, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True, "ignore_eos": True}
+    return json.dumps({**base, **more})
+
+
+def text(stream: bytes) -> str:
+    *events, done, rest = stream.decode().split("\n\n")
+    assert (done, rest) == ("data: [DONE]", "")
+    return "".join(json.loads(e.removeprefix("data: "))["choices"][0]["text"] for e in events)
+
+
+def whole(curl: Process) -> str:
+    out, _ = curl.communicate(timeout=120)
+    assert curl.returncode == 0, curl.output()
+    return text(out)
+
+
+def read_some(curl: Process, events: int) -> bytes:
+    """The first events of a stream that is under way."""
+    assert curl.stdout is not None
+    got = b""
+    while got.count(b"\n\n") < events:
+        got += os.read(curl.stdout.fileno(), 1 << 16)  # past Python's buffer, which `communicate` does not look into
+    return got
+
+
+def test_streams_of_stock_servers_change_nodes_with_their_kv(vllm_town: VllmTown) -> None:
+    town = vllm_town
+    wanted = [whole(town.curl("-d", body(i), URL)) for i in range(2)]
+    assert wanted[0] != wanted[1] and len(set(wanted[0])) > 20
+    capture = town.client.capture()
+    before = town.hits(town.pods[1])
+    curls = [town.curl("-d", body(i), URL) for i in range(2)]
+    begun = [read_some(curl, 40) for curl in curls]
+    town.hop()
+    for curl, first, one in zip(curls, begun, wanted, strict=True):
+        out, _ = curl.communicate(timeout=120)
+        assert curl.returncode == 0, curl.output()
+        assert text(first + out) == one
+    assert [p for p in capture.stop() if p.rst] == []
+    queries, hits = (now - then for now, then in zip(town.hits(town.pods[0]), before, strict=True))
+    assert queries > 2 * (PROMPT_TOKENS + 40), "both answers went on at the target"
+    full = queries - len(curls) * BLOCK_TOKENS  # each has a tail that is no full block
+    assert hits >= 0.9 * full, f"{hits:g} of {queries:g} tokens"
+
+
+def test_without_the_connector_nothing_is_hit_and_the_text_is_the_same(plain_town: VllmTown) -> None:
+    town = plain_town
+    wanted = whole(town.curl("-d", body(0), URL))
+    curl = town.curl("-d", body(0), URL)
+    first = read_some(curl, 40)
+    town.hop()
+    out, _ = curl.communicate(timeout=120)
+    assert text(first + out) == wanted
+    assert town.metric(town.pods[0], "vllm:prompt_tokens_cached_total") == 0
