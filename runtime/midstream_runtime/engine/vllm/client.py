@@ -412,6 +412,19 @@ class VllmEngine:
         if self._pool is not None and not self._pool.lost.is_set():
             await self._pool.free(slots)
 
+    async def kv(self, known: Mapping[str, int], limit: int) -> dict[str, list[int]]:
+        """Nothing while answers go on: a stock server's blocks travel at the pause."""
+        return {}
+
+    async def have(self, hashes: Sequence[bytes]) -> list[int | None]:
+        return [None] * len(hashes)
+
+    async def land(self, slots: Sequence[int], names: Sequence[tuple[bytes, bytes]]) -> None:
+        raise Final("no_pool", "blocks for a vLLM server come at the pause, in slots that were reserved for them")
+
+    async def unhold(self, slots: Sequence[int]) -> None:
+        """Nothing is held: see `kv`."""
+
     async def stats(self) -> dict[str, Any]:
         pool = await self._pool.stats() if self._pool is not None and not self._pool.lost.is_set() else {}
         counts = {"replays": self.replays, "diverged": self.diverged, "outages": self.outages}
