@@ -38,7 +38,7 @@ class KvTarget:
         pod_version: int = pod.VERSION,
     ) -> None:
         self._server, self._handoff, self._job_id = server, handoff, job_id
-        self._shares = pod_version >= pod.KV_VERSION
+        self._shares = self._lands = pod_version >= pod.KV_VERSION
         self._spare = 0
         self._spare_given = False
         self._sealed: set[int] = set()
@@ -68,7 +68,12 @@ class KvTarget:
         twice = len({block.slot for block in landed if block}) < sum(1 for block in landed if block)
         if twice:
             await self._settle()  # only a sealed slot may be in two streams
-        return [NOT_HERE if block is None else block.slot for block in landed]
+        slots, used = [], set[int]()
+        for block in landed:
+            usable = block is not None and (self._lands or block.slot not in used)
+            slots.append(block.slot if block is not None and usable else NOT_HERE)
+            used.add(slots[-1])
+        return slots
 
     async def close(self) -> None:
         """No block is written any more; what no stream took is free again."""
@@ -126,5 +131,10 @@ class KvTarget:
                 self._sealed.add(number)
         if new:
             body = b"".join(pod.BLOCK.pack(0, block.name, block.checksum) for block in new)
-            await self._handoff.ask("kv_land", {"job": self._job_id, "slots": [b.slot for b in new]}, body)
+            try:
+                await self._handoff.ask("kv_land", {"job": self._job_id, "slots": [b.slot for b in new]}, body)
+            except MidstreamError as e:
+                if e.code != "no_pool":
+                    raise
+                self._lands = False  # an engine that shares no blocks: each goes to one stream
         await self._provide(self._spare)

@@ -228,6 +228,13 @@ class Engine(Protocol):
     async def free(self, slots: Sequence[int]) -> None:
         """Gives back reserved slots that no resumed request took."""
 
+    async def stats(self) -> dict[str, Any]:
+        """Running, waiting and paused requests, free slots, totals; `requests`: RequestStats by id."""
+
+
+class KvSharing(Protocol):
+    """Beside `Engine`, of one whose sealed blocks can have several owners: they are copied while answers go on."""
+
     async def kv(self, known: Mapping[str, int], limit: int) -> dict[str, list[int]]:
         """Slots of the requests' sealed blocks, from block `known[id]` on, at most `limit` in all. They stay
         until `unhold`, whatever becomes of the request. Requests without any are absent."""
@@ -240,6 +247,3 @@ class Engine(Protocol):
 
     async def unhold(self, slots: Sequence[int]) -> None:
         """One hold less of each; a slot named twice was held twice."""
-
-    async def stats(self) -> dict[str, Any]:
-        """Running, waiting and paused requests, free slots, totals; `requests`: RequestStats by id."""
