@@ -11,8 +11,6 @@ Some run at a time (`Limits.parallel_batches`): while one is restored at the tar
 from __future__ import annotations
 
 import asyncio
-import itertools
-import logging
 
 from midstream_runtime.contract.errors import Final, MidstreamError
 
@@ -24,25 +22,27 @@ from midstream_agent.peer import PeerSession
 from midstream_agent.source import SourceJob
 from midstream_agent.target import fds_of
 
-log = logging.getLogger(__name__)
-
 
 async def move_rest(job: SourceJob) -> None:
     """BATCHES: begin the address move, then take batch after batch until nothing movable is left."""
     await source.let_go(job)
     if not job.moving:
         await source.begin_move(job)
-    add_report(job, job, "lost" if job.lost else "moved", job.lost)
-    numbers = itertools.count(2)
+    if not job.report.batches:
+        add_report(job, job, "lost" if job.lost else "moved", job.lost)
     size = job.node.settings.limits.batch_streams
     while True:
         streams = [] if job.stopped else await source.remaining_streams(job)
         if not streams:
             break
         groups = [streams[i : i + size] for i in range(0, len(streams), size)]
-        queue = [(next(numbers), group) for group in groups]
+        queue = [(next(job.batch_numbers), group) for group in groups]
         workers = min(job.node.settings.limits.parallel_batches, len(queue))
-        await asyncio.gather(*(_worker(job, queue) for _ in range(workers)))
+        # each to its end: one that were left running, or cancelled, would be between two owners
+        ends = await asyncio.gather(*(_worker(job, queue) for _ in range(workers)), return_exceptions=True)
+        for end in ends:
+            if isinstance(end, BaseException):
+                raise end
 
 
 async def _worker(job: SourceJob, queue: list[tuple[int, list[dict[str, object]]]]) -> None:
@@ -160,12 +160,8 @@ async def close_batch(batch: SourceJob) -> None:
 async def finish_batch(batch: SourceJob) -> None:
     """LET_GO: the sockets are closed, the target forgets the batch."""
     await source.let_go(batch)
-    if batch.peer is not None and not batch.gone():
-        try:
-            await batch.peer.ask(pb.PeerRequest(finish=pb.PeerFinish()))
-        except MidstreamError as e:
-            log.info("batch %s: the target did not hear the end: %s", batch.request.job_id, e)
     batch.journal.decide("RELEASED")
+    await source.say_finished(batch)
 
 
 def add_report(job: SourceJob, batch: SourceJob, outcome: str, cause: MidstreamError | None) -> None:

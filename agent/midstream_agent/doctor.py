@@ -76,5 +76,6 @@ def _addresses(node: Node) -> list[pb.Finding]:
 def _tunnel(node: Node) -> pb.Finding:
     """Whether this node can steer at all; whether packets pass to another node is proved in each job's PREPARE."""
     text = f"VXLAN tunnel on UDP port {node.settings.tunnel_port}: streams change nodes before their address does"
-    remedy = "a kernel with CONFIG_VXLAN; without it clients wait until the network has moved the address"
+    remedy = "start the agent without --no-tunnel" if not node.settings.tunnel else "a kernel with CONFIG_VXLAN"
+    remedy += "; without a tunnel clients wait until the network has moved the address"
     return _finding("tunnel", node.tunnel is not None, text, remedy, "warning")

@@ -68,6 +68,11 @@ class HandoffClient:
     ) -> None:
         self.close()
 
+    @property
+    def broken(self) -> bool:
+        """A request was cut off in its middle: only a new connection can go on."""
+        return self._broken
+
     def close(self) -> None:
         for fd in self._fds:
             os.close(fd)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from midstream_runtime.contract.errors import Final, MidstreamError, Retryable
 
-from midstream_agent import batches, saga, source
+from midstream_agent import batches, saga, source, tcp
 from midstream_agent.contract import agent_pb2 as pb
 from midstream_agent.journal import Journal, journals
 from midstream_agent.node import Node
@@ -115,10 +115,13 @@ class SourceJobs:
             self._end(job, record)
 
     def _end(self, job: SourceJob, record: Record) -> None:
-        job.close()
         self._busy.pop(job.request.pod.uid, None)
-        if record.ended:
-            job.journal.remove()
+        if record.report.reason == "streams_remain":
+            self._node.tasks.start(f"rest of {job.request.job_id}", self._finish_later(job))
+        else:
+            job.close()
+            if record.ended:
+                job.journal.remove()
         for t in job.clock.steps:
             record.report.steps.add(name=t.name, start_ms=t.start_ms, took_ms=t.took_ms, outcome=t.outcome)
         record.job = None
@@ -128,6 +131,15 @@ class SourceJobs:
         record.add(
             pb.MigrateEvent(at_ms=job.clock.now_ms(), phase=record.report.phase, what="end", report=record.report)
         )
+
+    async def _finish_later(self, job: SourceJob) -> None:
+        """The job has ended; what it left at the source is tidied up when its last stream is over."""
+        job.abort_asked, job.request.deadline_unix_ms = False, 0
+        try:
+            await saga.roll_forward(STEPS[-1:], job, job.clock)
+        finally:
+            job.close()
+        job.journal.remove()
 
     def abort(self, job_id: str) -> tuple[bool, str]:
         """Idempotent. After the point of no return it stops nothing and says so."""
@@ -183,9 +195,30 @@ class SourceJobs:
                     job, saga.Failed("restart", Final("agent_restarted", "the source's agent restarted: rolled back"))
                 )
         except MidstreamError as e:
+            await self._settle_without_pod(job)
             _failed(job, e)
         finally:
             self._end(job, record)
+
+    async def _settle_without_pod(self, job: SourceJob) -> None:
+        """The source pod has gone, and its sockets: the target must still hear what was decided, and nothing of the
+        streams may stay on this node."""
+        commit, plan = job.journal.decided("COMMIT"), job.journal.decided("PLAN")
+        if job.peer is None:
+            job.peer = batches.session_for(job)
+        if commit:
+            notes = job.journal.blob_path("notes").read_bytes()
+            await job.insist(pb.PeerRequest(commit=pb.PeerCommit(notes=notes)))
+        elif job.journal.decided("SENT"):
+            await job.insist(pb.PeerRequest(discard=pb.PeerDiscard(reason="the source pod has gone")))
+        addresses = plan["addresses"] if plan else []
+        keys = self._node.flows_of(addresses)
+        self._node.hold.delete_flows(keys, len(keys) // tcp.KEY_BYTES)
+        self._node.hold.delete_notes(keys, len(keys) // tcp.KEY_BYTES)
+        for address in addresses:
+            self._node.hold.del_addr(address)
+            self._node.hold.end_births(address)
+        await job.peer.close()
 
     async def _recover_batches(self, job: SourceJob) -> None:
         """Further batches that were under way: each back or forward by its own journal."""

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import bisect
+import itertools
 import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +71,7 @@ class SourceJob:
     """Of all batches."""
     listed: list[dict[str, Any]] = field(default_factory=list)
     """A further batch's streams, as the pod listed them."""
+    batch_numbers: Iterator[int] = field(default_factory=lambda: itertools.count(2))
     paused_ms: float = 0.0
     stopped: bool = False
     """No further batch begins."""
@@ -233,11 +235,26 @@ async def prepare(job: SourceJob) -> None:
     job.phase(pb.PHASE_SWITCHING)
 
 
+async def streams_left(job: SourceJob) -> list[dict[str, Any]]:
+    """What the pod still serves; none once it has gone. A slow pod is asked again, over a new connection."""
+    at, handoff = job.live_pod()
+    try:
+        if handoff.broken:
+            handoff.close()
+            sock = pods.connect_handoff(at.pod, job.node.settings.handoff_path)
+            job.handoff = handoff = HandoffClient(sock, job.node.settings.timeouts.handoff_s)
+        answer = await handoff.ask("streams", {"addresses": job.addresses})
+    except MidstreamError as e:
+        if at.pod.pids():
+            raise Retryable(e.code, e.message) from e
+        job.note("RELEASE", "pod gone", "the source pod has gone, and with it the streams that had not moved")
+        return []
+    return list(answer.header["streams"])
+
+
 async def remaining_streams(job: SourceJob) -> list[dict[str, Any]]:
     """Movable streams that no batch has taken yet; those that cannot move any more are counted."""
-    _, handoff = job.live_pod()
-    answer = await handoff.ask("streams", {"addresses": job.addresses})
-    new = [s for s in answer.header["streams"] if s["id"] not in job.excluded]
+    new = [s for s in await streams_left(job) if s["id"] not in job.excluded]
     stuck = [s for s in new if not s["movable"]]
     job.excluded |= {int(s["id"]) for s in stuck}
     job.report.streams.unmovable += len(stuck)
@@ -265,6 +282,9 @@ async def _choose_switchover(job: SourceJob, streams: list[dict[str, Any]]) -> N
             raise Final("no_tunnel", "switchover Steer: source or target node has no VXLAN tunnel, or the pod's "
                         "runtime cannot move in batches; see `midstream doctor`, or use Auto or Wait")  # fmt: skip
         job.report.switchover = "Wait"
+        if _may_steer(job):  # asked for a first batch only
+            job.no_steer = True
+            await ask_prepare(job, streams)
         return
     assert job.node.tunnel is not None
     job.journal.decide("STEER", peer=job.transit.peer, vni=job.transit.vni)
@@ -532,9 +552,13 @@ async def unsend(job: SourceJob) -> None:
 
 
 async def _discard(job: SourceJob) -> None:
+    """A refusal is no confirmation: nothing thaws before the target has thrown the checkpoint away, or is gone."""
     if job.peer is None or job.discarded:
         return
-    await job.insist(pb.PeerRequest(discard=pb.PeerDiscard(reason="rolled back")))
+    try:
+        await job.insist(pb.PeerRequest(discard=pb.PeerDiscard(reason="rolled back")))
+    except Final as e:
+        raise Retryable(e.code, f"{e.message}; the streams stay held until the target confirms the discard") from e
     job.discarded = True
 
 
@@ -645,6 +669,7 @@ async def begin_move(job: SourceJob) -> None:
     assert job.transit is not None
     if job.lost is not None and job.report.streams.migrated == 0:
         job.transit.stay()
+        job.node.linger_moved(job.moved_keys, job.addresses)
         raise job.lost  # the target is gone, or has nothing of ours: the address stays where the others are
     job.transit.share()
     await _ask_move(job)
@@ -693,32 +718,33 @@ async def release(job: SourceJob) -> None:
     if job.transit is not None:
         job.transit.go()
     node.linger_moved(job.moved_keys, job.addresses)
-    if job.peer is not None and not job.gone():
-        try:
-            await job.peer.ask(pb.PeerRequest(finish=pb.PeerFinish()))
-        except MidstreamError as e:
-            log.info("job %s: the target did not hear the end: %s", job.request.job_id, e)
-        await job.peer.close()
+    # journalled before it is said: a target that has forgotten the job must not be asked to COMMIT again
     job.journal.decide("RELEASED")
+    await say_finished(job)
+    if job.peer is not None:
+        await job.peer.close()
+
+
+async def say_finished(job: SourceJob) -> None:
+    """The target may forget the job; one that does not hear it forgets after a while."""
+    if job.peer is None or job.gone():
+        return
+    try:
+        await job.peer.ask(pb.PeerRequest(finish=pb.PeerFinish()))
+    except MidstreamError as e:
+        log.info("job %s: the target did not hear the end: %s", job.request.job_id, e)
 
 
 async def _wait_for_the_rest(job: SourceJob) -> None:
     """Streams that did not move finish at the source, which the tunnel makes possible; then it may go."""
     said = -1
-    while True:
-        _, handoff = job.live_pod()
-        try:
-            answer = await handoff.ask("streams", {"addresses": job.addresses})
-        except Retryable as e:
-            job.note("RELEASE", "retry", f"the source pod does not answer any more, its streams are over: {e}")
-            return
-        left = len(answer.header["streams"])
-        if not left:
-            return
+    while left := len(await streams_left(job)):
         if left != said:
             job.note("RELEASE", "waiting", f"{left} streams that do not move finish at the source, through the tunnel")
             said = left
-        if job.failed is not None:
-            raise job.failed
-        job.check_abort()
+        try:
+            job.check_abort()
+        except Final as e:
+            raise Final("streams_remain", f"{left} streams stay at the source, which serves them through the tunnel as "
+                        f"long as it lives ({e.code})") from e  # fmt: skip
         await asyncio.sleep(job.node.settings.timeouts.remaining_poll_s)

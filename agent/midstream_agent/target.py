@@ -69,6 +69,8 @@ class TargetJob:
     parent: TargetJob | None = None
     """The job of which this is a further batch: addresses and tunnel are its business."""
     transit: Transit | None = None
+    live: bool = False
+    """The sockets are seated; the pod may not know yet."""
     opened: bool = False
     moved: bool = False
     """The addresses are here, by proof."""
@@ -311,9 +313,11 @@ class TargetJob:
         await failpoints.point("target.ACTIVATE.do.before")
         self.journal.decide(ACTIVATED)
         await failpoints.point("target.ACTIVATE.do.journalled")
-        notes = merge_notes(req.notes, self.node.hold.read_notes(self.keys, self.streams), self.streams)
-        self._go_live(notes)
-        await self.handoff.ask("activate", {"job": self.job_id})
+        if not self.live:  # a session that broke right here has made them live already
+            notes = merge_notes(req.notes, self.node.hold.read_notes(self.keys, self.streams), self.streams)
+            self._go_live(notes)
+            self.live = True
+        await self._tell_activate()
         self.state = ACTIVATED
         self.activate_ms = (time.perf_counter() - began) * 1e3
         await failpoints.point("target.ACTIVATE.do.after")
@@ -321,6 +325,24 @@ class TargetJob:
         self._let_syns_in()
         self.node.hold.delete_notes(self.keys, self.streams)
         return self._activated()
+
+    async def _tell_activate(self) -> None:
+        """The pod serves the streams now; a new connection where an earlier request was cut off."""
+        assert self.at is not None and self.handoff is not None
+        try:
+            if self.handoff.broken:
+                self.handoff.close()
+                self.handoff = HandoffClient(
+                    pods.connect_handoff(self.at.pod, self.node.settings.handoff_path),
+                    self.node.settings.timeouts.handoff_s,
+                )
+            await self.handoff.ask("activate", {"job": self.job_id})
+        except Retryable as e:
+            if self.at.pod.pids():
+                raise
+            self._close_blanks()
+            text = f"the pod of job {self.job_id} has gone before it could serve its streams: they are lost"
+            raise Final("target_lost", text) from e
 
     def _go_live(self, notes: bytes) -> None:
         """No await in here: it is what every client waits for."""

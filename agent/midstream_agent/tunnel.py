@@ -44,7 +44,7 @@ class Tunnel:
 
     def __init__(self, settings: Settings, index: int, routed_index: int) -> None:
         self.index, self.routed_index = index, routed_index
-        self._port = settings.probe_port
+        self._port, self._tunnel_port = settings.probe_port, settings.tunnel_port
         self._patience_s = settings.timeouts.tunnel_probe_s
         self._full_bytes = settings.nic.mtu_bytes - RESERVED_BYTES
         self._waiting: dict[bytes, asyncio.Event] = {}
@@ -95,8 +95,8 @@ class Tunnel:
         if await self._round_trip(address, SMALL_BYTES) is None:
             raise Final(
                 "tunnel_silent",
-                f"no packet comes back through the tunnel from {peer}: allow UDP port 9445 (--tunnel-port) between "
-                "the nodes, or use switchover Wait",
+                f"no packet comes back through the tunnel from {peer}: allow UDP port {self._tunnel_port} between the "
+                "nodes, or use switchover Wait",
             )
         took_ms = await self._round_trip(address, self._full_bytes)
         if took_ms is None:
