@@ -52,8 +52,10 @@ async def _worker(job: SourceJob, queue: list[tuple[int, list[dict[str, object]]
         while queue and not job.stopped:
             number, streams = queue.pop(0)
             batch = await _make(job, number, streams, session)
-            session = batch.peer
-            await _run(job, batch)
+            try:
+                await _run(job, batch)
+            finally:
+                session = batch.peer
     finally:
         if session is not None:
             await session.close()
