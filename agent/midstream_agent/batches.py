@@ -11,8 +11,9 @@ Some run at a time (`Limits.parallel_batches`): while one is restored at the tar
 from __future__ import annotations
 
 import asyncio
+import itertools
 
-from midstream_runtime.contract.errors import Final, MidstreamError
+from midstream_runtime.contract.errors import Final, MidstreamError, Retryable
 
 from midstream_agent import pods, saga, source, tcp
 from midstream_agent.contract import agent_pb2 as pb
@@ -21,6 +22,8 @@ from midstream_agent.journal import Journal
 from midstream_agent.peer import PeerSession
 from midstream_agent.source import SourceJob
 from midstream_agent.target import fds_of
+
+TRIES = 2  # a stream's clients wait for each
 
 
 async def move_rest(job: SourceJob) -> None:
@@ -43,6 +46,8 @@ async def move_rest(job: SourceJob) -> None:
         for end in ends:
             if isinstance(end, BaseException):
                 raise end
+    counts = job.report.streams
+    counts.total = max(counts.total, counts.migrated + counts.rolled_back + counts.lost + counts.unmovable)
 
 
 async def _worker(job: SourceJob, queue: list[tuple[int, list[dict[str, object]]]]) -> None:
@@ -92,21 +97,31 @@ def child(job: SourceJob, request: pb.MigrateRequest, journal: Journal) -> Sourc
 
 
 async def _run(job: SourceJob, batch: SourceJob) -> None:
-    """The batch's own saga. What it could not move is not tried again in this job."""
+    """The batch's own saga, which leaves its streams at the target or at the source."""
     from midstream_agent.steps import BATCH_STEPS
 
     try:
         await saga.run(BATCH_STEPS, batch, batch.clock)
         add_report(job, batch, "lost" if batch.lost else "moved", batch.lost)
     except saga.Failed as e:
-        add_report(job, batch, "rolled back", e.cause)
-        job.excluded |= set(batch.only or ())
-        if e.cause.code in ("aborted", "deadline_passed"):
-            job.stopped = True
+        _went_back(job, batch, e.cause)
     finally:
         job.moved_keys += batch.moved_keys
         batch.close()
     batch.journal.remove()
+
+
+def _went_back(job: SourceJob, batch: SourceJob, cause: MidstreamError) -> None:
+    """What may pass is tried once more, in a later batch."""
+    streams = set(batch.only or ())
+    for stream in streams:
+        job.tries[stream] = job.tries.get(stream, 0) + 1
+    if isinstance(cause, Retryable) and max(job.tries[s] for s in streams) < TRIES:
+        job.note("BATCHES", "again", f"{len(streams)} streams went back to the source and are tried again: {cause}")
+        return
+    add_report(job, batch, "rolled back", cause)
+    job.excluded |= streams
+    job.stopped = job.stopped or cause.code in ("aborted", "deadline_passed")
 
 
 async def take_up(batch: SourceJob, job: SourceJob) -> None:
@@ -133,11 +148,27 @@ async def take_up_sockets(job: SourceJob) -> None:
 
 
 async def open_batch(batch: SourceJob) -> None:
+    """Nothing is frozen yet: a target that does not answer is asked again, until the job's deadline or abort."""
+    timeouts = batch.node.settings.timeouts
+    pause_s = timeouts.retry_s
+    while True:
+        try:
+            return await _open(batch)
+        except Retryable as e:
+            batch.note("OPEN", "retry", str(e))
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, timeouts.retry_max_s)
+            batch.check_abort()
+
+
+async def _open(batch: SourceJob) -> None:
     """A connection to the pod, a hello to the target, blank sockets."""
     assert batch.parent is not None and batch.parent.peer is not None
     settings = batch.node.settings
     at = batch.at
     assert at is not None
+    if batch.handoff is not None:
+        batch.handoff.close()
     sock = pods.connect_handoff(at.pod, settings.handoff_path)
     batch.handoff = HandoffClient(sock, settings.timeouts.handoff_s)
     if batch.peer is None:
@@ -185,8 +216,9 @@ def add_report(job: SourceJob, batch: SourceJob, outcome: str, cause: MidstreamE
     report.streams.unmovable += part.streams.unmovable
     report.queues.with_bytes += part.queues.with_bytes
     report.queues.bytes += part.queues.bytes
-    for i, n in enumerate(part.queues.histogram):
-        report.queues.histogram[i] += n
+    before = list(report.queues.histogram)  # empty where this agent restarted since
+    del report.queues.histogram[:]
+    report.queues.histogram.extend(a + b for a, b in itertools.zip_longest(before, part.queues.histogram, fillvalue=0))
     if outcome == "rolled back":
         report.streams.rolled_back += count
         job.failed = job.failed or Final(cause.code if cause else "internal", _why(cause, count))

@@ -110,7 +110,7 @@ class SourceJobs:
             _failed(job, e)
         except Exception as e:
             log.exception("job %s", request.job_id)
-            _failed(job, Final("internal", f"{type(e).__name__}: {e}; the journal of the job is kept"))
+            _failed(job, Final("internal", f"{type(e).__name__}: {e}"))
         finally:
             self._end(job, record)
 
@@ -197,6 +197,9 @@ class SourceJobs:
         except MidstreamError as e:
             await self._settle_without_pod(job)
             _failed(job, e)
+        except Exception as e:
+            log.exception("job %s", request.job_id)
+            _failed(job, Final("internal", f"{type(e).__name__}: {e}"))
         finally:
             self._end(job, record)
 

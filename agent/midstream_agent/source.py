@@ -71,6 +71,8 @@ class SourceJob:
     """Of all batches."""
     listed: list[dict[str, Any]] = field(default_factory=list)
     """A further batch's streams, as the pod listed them."""
+    tries: dict[int, int] = field(default_factory=dict)
+    """How often a stream was in a further batch that went back, by its id in the pod."""
     batch_numbers: Iterator[int] = field(default_factory=lambda: itertools.count(2))
     paused_ms: float = 0.0
     stopped: bool = False
@@ -575,18 +577,19 @@ def steers(job: SourceJob) -> bool:
 
 async def _ask_move(job: SourceJob) -> None:
     assert job.peer is not None
-    settings = job.node.settings
     job.moving = True
-    if job.transit is not None:
-        job.transit.overlap_leaving()
-    else:
-        at, _ = job.live_pod()
-        for address in job.addresses:
-            job.node.routes.delete(address, at.link.index)
+    at, _ = job.live_pod()
+    for address in job.addresses:
+        job.node.routes.delete(address, at.link.index)
+    await job.peer.post(_move_request(job))
+
+
+def _move_request(job: SourceJob) -> pb.PeerRequest:
+    settings = job.node.settings
     body = pb.PeerMoveAddress(
         addresses=job.addresses, probe_addresses=settings.node_addresses, probe_port=settings.probe_port
     )
-    await job.peer.post(pb.PeerRequest(move_address=body))
+    return pb.PeerRequest(move_address=body)
 
 
 async def move_address(job: SourceJob) -> None:
@@ -671,18 +674,23 @@ async def begin_move(job: SourceJob) -> None:
         job.transit.stay()
         job.node.linger_moved(job.moved_keys, job.addresses)
         raise job.lost  # the target is gone, or has nothing of ours: the address stays where the others are
-    job.transit.share()
-    await _ask_move(job)
+    assert job.peer is not None
+    job.transit.overlap_leaving()  # new connections are the target's from here on, too
+    try:
+        await job.peer.post(_move_request(job))
+        job.moving = True
+    except Retryable as e:
+        job.note("BATCHES", "retry", f"the address move was not asked for yet: {e}")  # FOLLOW asks again
 
 
 async def follow_address(job: SourceJob) -> None:
     """The network brings the addresses to the target, which proves it. Until then this node carries the streams."""
     assert job.peer is not None and job.transit is not None
     timeouts = job.node.settings.timeouts
+    patience_s = timeouts.address_confirm_s + timeouts.peer_reply_s
     try:
-        if not job.moving:
-            await _ask_move(job)
-        reply = await job.peer.answer(timeouts.address_confirm_s + timeouts.peer_reply_s)
+        asked = job.peer.answer(patience_s) if job.moving else job.peer.ask(_move_request(job), patience_s)
+        reply = await asked
     except MidstreamError as e:
         job.moving = False
         count = len(job.moved_keys) // tcp.KEY_BYTES
@@ -717,7 +725,8 @@ async def release(job: SourceJob) -> None:
         await node.unplumb(at, address)
     if job.transit is not None:
         job.transit.go()
-    node.linger_moved(job.moved_keys, job.addresses)
+    # of all batches, also of those that an earlier process of this agent moved
+    node.linger_moved(node.flows_of(job.addresses), job.addresses)
     # journalled before it is said: a target that has forgotten the job must not be asked to COMMIT again
     job.journal.decide("RELEASED")
     await say_finished(job)

@@ -1,14 +1,14 @@
 """Addresses on their way, by switchover Steer: what each node does with their packets in which stage.
 
-    source   leave  --> share --> overlap --> follow --> go     --> end
+    source   leave  ------------> overlap --> follow --> go     --> end
     target   arrive --> open  --> overlap --> own    --> settle --> end
 
 Packets of LIVE flows stay, those of MOVED ones go through the tunnel; what a stage changes is a flag of ms_addrs
 (bpf/midstream_maps.h).
 
     leave, arrive   PREPARE   the host routes the address to our device; the tunnel can be proved
-    share, open     COMMIT    new connections are the target's from now on
-    overlap         MOVE      the network may take packets from either node: both emit
+    open            COMMIT    new connections are the target's from now on
+    overlap         then      the network may take packets from either node: both emit; new connections go to the target
     follow, own     proved    the target emits; the source's remaining flows speak through it
     go, settle      RELEASE   nothing of the address is left at the source
     end             after the time in which late packets may come
@@ -61,9 +61,6 @@ class Transit:
     def leave(self) -> None:
         self._put(ADDR_LEAVING, ADDR_OUT_DIRECT)
         self._route_to_us()
-
-    def share(self) -> None:
-        self._put(ADDR_LEAVING, ADDR_OUT_DIRECT | ADDR_SYN_PEER)
 
     def overlap_leaving(self) -> None:
         self._put(ADDR_LEAVING, BOTH | ADDR_SYN_PEER)
