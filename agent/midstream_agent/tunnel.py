@@ -36,6 +36,7 @@ RESERVED_BYTES = 100
 """What listeners leave for the tunnel (TCP_MAXSEG, midstream_runtime.handoff): 50 for VXLAN over IPv4, 70 over IPv6."""
 _ETHERTYPE = {4: b"\x08\x00", 6: b"\x86\xdd"}
 IFF_NOARP = 0x80
+PACKET_OUTGOING = 4  # linux/if_packet.h
 SENDER4, SENDER6 = "169.254.77.2", "fe80::77:2"
 
 
@@ -134,10 +135,11 @@ class Tunnel:
     def _on_frame(self) -> None:
         while True:
             try:
-                frame = self._ears.recv(65536)
+                frame, (_, _, direction, *_) = self._ears.recvfrom(65536)
             except BlockingIOError:
                 return
-            self._hear(frame)
+            if direction != PACKET_OUTGOING:  # our own probes on their way out would answer themselves
+                self._hear(frame)
 
     def _hear(self, frame: bytes) -> None:
         v6 = frame[12:14] == _ETHERTYPE[6]
