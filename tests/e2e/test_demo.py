@@ -41,7 +41,7 @@ def test_a_live_stream_changes_nodes(tmp_path: Path) -> None:
     assert set(result) >= PROMISED
     assert_whole(result, said)
     assert (result["source_host"], result["target_host"]) == ("node-a", "node-b")
-    assert (result["target_prefill_tokens"], result["switchover"]) == (0, "Wait")
+    assert (result["target_prefill_tokens"], result["switchover"]) == (0, "Steer")
     assert min(result["kv_tokens_used"], result["kv_bytes"], result["checkpoint_bytes"]) > 0
     assert set(result["stall_ms"]) >= {"p50", "p99", "max"}
     assert [s for s in result["steps"] if s["name"] == "COMMIT"], result["steps"]
@@ -55,8 +55,18 @@ def test_two_hundred_streams_change_nodes(tmp_path: Path) -> None:
     assert result["target_prefill_tokens"] == 0
 
 
-def test_clients_wait_while_the_cloud_is_slow(tmp_path: Path) -> None:
+def test_clients_do_not_wait_for_a_slow_cloud(tmp_path: Path) -> None:
     status, result, said = demo(tmp_path, "--move-seconds", "3")
+    assert status == 0, said
+    assert_whole(result, said)
+    assert result["switchover"] == "Steer"
+    followed_ms = next(s["tookMs"] for s in result["steps"] if s["name"] == "FOLLOW")
+    assert followed_ms > 2500, "the address took 3 s"
+    assert result["stall_ms"]["max"] < followed_ms, "clients waited for the address"
+
+
+def test_clients_wait_for_a_slow_cloud_without_a_tunnel(tmp_path: Path) -> None:
+    status, result, said = demo(tmp_path, "--move-seconds", "3", "--switchover", "wait")
     assert status == 0, said
     assert_whole(result, said)
     assert result["stall_ms"]["max"] >= 2900, "the address took 3 s: a shorter stall was not measured"
@@ -65,11 +75,11 @@ def test_clients_wait_while_the_cloud_is_slow(tmp_path: Path) -> None:
 def test_without_the_hold_bytes_are_lost(tmp_path: Path) -> None:
     """Negative control: the same play, with and without the hold, over a link that takes a second. What the kernel
     acknowledged behind the checkpoint is in no queue any more, and the capture shows it."""
-    status, result, said = demo(tmp_path, "--slow-send-ms", "1000")
+    status, result, said = demo(tmp_path, "--slow-send-ms", "1000", "--switchover", "wait")
     assert status == 0, said
     assert_whole(result, said)
     assert result["uploads_answered"] == 1
-    status, result, said = demo(tmp_path, "--slow-send-ms", "1000", "--without-hold")
+    status, result, said = demo(tmp_path, "--slow-send-ms", "1000", "--switchover", "wait", "--without-hold")
     assert status == 1, said
     assert result["uploads_answered"] == 0 or result["rst_seen"] > 0, said
 

@@ -37,7 +37,8 @@ PROMPTS = (
     "If the user asks", "The system reads", "This manual describes", "In order to protect",
 )  # fmt: skip
 UPLOAD_PROMPT = "The user of this computer"
-KV_SLOTS_A_STREAM = 72
+TOKENS_A_SLOT, SPARE_SLOTS_A_STREAM = 16, 16
+TOKENS = 900
 UPLOAD_BYTES, UPLOAD_BYTES_PER_S = 400 << 10, 100 << 10
 UPLOAD_TOKENS = 24
 
@@ -76,15 +77,15 @@ class Play:
 @dataclass(slots=True)
 class Demo:
     streams: int = 1
-    tokens: int = 900
+    tokens: int = TOKENS
     pace_ms: float = 4.0
     move_seconds: float = 0.0
     without_hold: bool = False
     zero_kv: bool = False
     slow_send_ms: float = 0.0
     """As if checkpoints and KV took this long to reach the target."""
-    steer: bool = False
-    """Agents with a tunnel. The answer must be long: clients do not wait for the address any more."""
+    steer: bool = True
+    """Agents with a tunnel: clients do not wait for the address."""
     quiet: bool = False
     folder: Path = Path()
     began: float = field(default_factory=time.monotonic)
@@ -107,9 +108,8 @@ class Demo:
             references = self._references(client)
             with client.capture() as capture:
                 running = self._start_curls(client, references)
-                self._wait_until(running, 1 / 4)
-                upload = self._start_upload(client, references)
                 self._wait_until(running, 1 / 3)
+                upload = self._start_upload(client, references)
                 asked = time.time()
                 report = self._migrate(fleet, pods)
                 ended = time.time()
@@ -129,7 +129,8 @@ class Demo:
             )
             fleet.start_agent(host, "--address-confirm-s", str(self.move_seconds + 20), **slow)
         self.say("an agent on each host: hold and gate are loaded, nothing is held")
-        options = ("--pace-ms", str(self.pace_ms), "--pool-slots", str(max(512, KV_SLOTS_A_STREAM * self.streams)))
+        slots = (self.tokens // TOKENS_A_SLOT + SPARE_SLOTS_A_STREAM) * self.streams
+        options = ("--pace-ms", str(self.pace_ms), "--pool-slots", str(max(512, slots)))
         extra = {"MIDSTREAM_TEST_ZERO_KV": "1"} if self.zero_kv else {}
         pods = [fleet.start_gateway(source, "llm-0", *options), fleet.start_gateway(target, "llm-1", *options, **extra)]
         for pod in pods:
@@ -143,7 +144,7 @@ class Demo:
                 "stream": True, "ignore_eos": True}  # fmt: skip
         out, request = self.folder / f"{name}.sse", self.folder / f"{name}.json"
         request.write_text(json.dumps(body) + " " * pad_bytes, encoding="utf-8")
-        argv = ["curl", "-sS", "-N", "--max-time", str(120 + 10 * self.move_seconds), "-o", str(out),
+        argv = ["curl", "-sS", "-N", "--max-time", str(300 + 10 * self.move_seconds), "-o", str(out),
                 "-H", "content-type: application/json", "-w", "%{local_port}", "--data-binary", f"@{request}",
                 *options, f"http://{ADDRESS}:{GATEWAY_PORT}/v1/completions"]  # fmt: skip
         return Stream(prompt, out, client.popen(argv, name=name))
@@ -175,11 +176,21 @@ class Demo:
         options = ("--limit-rate", str(UPLOAD_BYTES_PER_S), "--max-time", str(20 + 2 * self.move_seconds))
         upload = self._curl(client, UPLOAD_PROMPT, "upload", UPLOAD_TOKENS, *options, pad_bytes=UPLOAD_BYTES)
         upload.reference = references[UPLOAD_PROMPT]
+        end = time.monotonic() + 20
+        while self._established(client) <= self.streams:
+            if time.monotonic() > end:
+                raise RuntimeError(f"the uploading client did not connect: {upload.process.output()[-2000:]}")
+            time.sleep(0.01)
         self.say(f"one more client sends a request of {UPLOAD_BYTES >> 10} KiB, slowly")
         return upload
 
+    def _established(self, client: Client) -> int:
+        """Connections of that host to the floating IP's port (/proc/net/tcp: state 01)."""
+        fields = (line.split() for line in client.proc_net("tcp").splitlines()[1:])
+        return sum(f[2].endswith(f":{GATEWAY_PORT:04X}") and f[3] == "01" for f in fields)
+
     def _wait_until(self, running: list[Stream], share: float) -> None:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 300
         while min(len(s.answer().pieces) for s in running) < self.tokens * share:
             if time.monotonic() > end or any(s.process.poll() is not None for s in running):
                 raise RuntimeError("the streams did not get going: " + running[0].process.output()[-2000:])
@@ -207,7 +218,7 @@ class Demo:
 
     def _finish(self, running: list[Stream]) -> None:
         for stream in running:
-            out, _ = stream.process.communicate(timeout=180 + 10 * self.move_seconds)
+            out, _ = stream.process.communicate(timeout=320 + 10 * self.move_seconds)
             stream.port = int((out or stream.process.output().encode()).strip()[-5:] or 0)
 
     def _metrics(self, client: Client) -> dict[str, float]:
@@ -274,7 +285,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = Path(tempfile.mkdtemp(prefix="midstream-demo-"))
     demo = Demo(
         args.streams, args.tokens, args.pace_ms, args.move_seconds, args.without_hold, args.zero_kv,
-        args.slow_send_ms, args.steer, False, folder,
+        args.slow_send_ms, args.switchover == "steer", False, folder,
     )  # fmt: skip
     try:
         play = demo.run()
@@ -297,10 +308,10 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     env = os.environ
     parser = argparse.ArgumentParser(prog="make demo")
     parser.add_argument("--streams", type=int, default=int(env.get("STREAMS") or 1))
-    parser.add_argument("--tokens", type=int, default=int(env.get("DEMO_TOKENS") or 900))
+    parser.add_argument("--tokens", type=int, default=env.get("DEMO_TOKENS"), help="of each answer")
     parser.add_argument("--pace-ms", type=float, default=float(env.get("DEMO_PACE_MS") or 4))
     parser.add_argument("--move-seconds", type=float, default=float(env.get("DEMO_MOVE_SECONDS") or 0))
-    parser.add_argument("--steer", action="store_true", default=bool(env.get("DEMO_STEER")), help="switchover Steer")
+    parser.add_argument("--switchover", choices=("steer", "wait"), default=env.get("DEMO_SWITCHOVER") or "steer")
     parser.add_argument("--without-hold", action="store_true", help="the control: must fail")
     parser.add_argument(
         "--zero-kv", action="store_true", help="the control: moved KV is zeroed, the answer must change"
@@ -308,6 +319,10 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--slow-send-ms", type=float, default=0.0, help="delay between checkpoint and restore")
     parser.add_argument("--json", type=Path, default=Path("build/demo.json"))
     args = parser.parse_args(argv)
+    if args.tokens is None:
+        # streams that do not wait go on while the address moves, and the source must go before their last third
+        longer = 3 * args.move_seconds * 1000 / max(args.pace_ms, 1) if args.switchover == "steer" else 0
+        args.tokens = min(TOKENS + int(longer), 7000)
     for name, least in (("streams", 1), ("tokens", 60), ("pace_ms", 0), ("move_seconds", 0), ("slow_send_ms", 0)):
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}")

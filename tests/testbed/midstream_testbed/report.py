@@ -17,6 +17,8 @@ MEANING = {
     "SEND": "checkpoint, request state, KV; restored over there",
     "MOVE_ADDRESS": "announced and proved by a probe",
     "COMMIT": "point of no return; live at the target",
+    "BATCHES": "the other streams, batch after batch",
+    "FOLLOW": "the address moves to the target, proved by a probe",
     "RELEASE": "sockets closed in silence here",
 }
 CLIENTS_WAIT = ("PAUSE", "HOLD", "EXPORT", "SEND", "MOVE_ADDRESS", "COMMIT")
