@@ -6,9 +6,10 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from midstream_testbed.fleet import GATEWAY_PORT, Fleet
@@ -18,6 +19,7 @@ from midstream_testbed.vpc import Vpc
 from town import ADDRESS, PORT, Town
 from vllm_servers import NAME, environment, serve_argv, transfer_config
 
+T = TypeVar("T")
 POOL = "/run/midstream/pool.sock"
 """In the pod's own /run, which its processes share as containers share a volume."""
 SERVER_PORT = 8001
@@ -25,7 +27,7 @@ BLOCK_TOKENS = 128
 """The agent reserves four blocks a stream for what is decoded between its listing and the pause: with a model as
 small as this, hundreds of tokens."""
 PROMPT_TOKENS = 100
-TOKENS = 1200
+TOKENS = 1900  # of a context of 2,048: seconds
 URL = f"http://{ADDRESS}:{PORT}/v1/completions"
 
 
@@ -48,6 +50,22 @@ class VllmTown(Town):
         for pod in self.pods:
             self.fleet.wait_ready(pod.name, 300)
         self.fleet.attach(self.pods[0], ADDRESS)
+
+    def hop_under(self, begin: Callable[[], T]) -> T:
+        """A migration that begins right after `begin`: the command starts slowly beside two busy servers, so it is up
+        and its job held back in the agent before the first token is asked for."""
+        agent = self.fleet.agents[self.pods[0].host.name]
+        seen = len(agent.fired())
+        agent.arm("source.CONNECT.do.before=delay:1000")
+        argv = self.fleet.cli_argv("migrate", self.pods[0].name, "--to", self.pods[1].host.name)
+        migrate = self.fleet.operator.popen(argv, env=self.fleet.env(), name="migrate")
+        while len(agent.fired()) == seen:
+            assert migrate.poll() is None, migrate.output()
+            time.sleep(0.005)
+        begun = begin()
+        assert migrate.wait(60) == 0, migrate.output()
+        self.pods.reverse()
+        return begun
 
     def metric(self, pod: Pod, name: str) -> float:
         """Of the vLLM server in the pod."""
@@ -112,9 +130,12 @@ def test_streams_of_stock_servers_change_nodes_with_their_kv(vllm_town: VllmTown
     assert wanted[0] != wanted[1] and len(set(wanted[0])) > 20
     capture = town.client.capture()
     before = town.hits(town.pods[1])
-    curls = [town.curl("-d", body(i), URL) for i in range(2)]
-    begun = [read_some(curl, 40) for curl in curls]
-    town.hop()
+
+    def begin() -> tuple[list[Process], list[bytes]]:
+        curls = [town.curl("-d", body(i), URL) for i in range(2)]
+        return curls, [read_some(curl, 5) for curl in curls]
+
+    curls, begun = town.hop_under(begin)
     for curl, first, one in zip(curls, begun, wanted, strict=True):
         out, _ = curl.communicate(timeout=120)
         assert curl.returncode == 0, curl.output()
@@ -129,9 +150,12 @@ def test_streams_of_stock_servers_change_nodes_with_their_kv(vllm_town: VllmTown
 def test_without_the_connector_nothing_is_hit_and_the_text_is_the_same(plain_town: VllmTown) -> None:
     town = plain_town
     wanted = whole(town.curl("-d", body(0), URL))
-    curl = town.curl("-d", body(0), URL)
-    first = read_some(curl, 40)
-    town.hop()
+
+    def begin() -> tuple[Process, bytes]:
+        curl = town.curl("-d", body(0), URL)
+        return curl, read_some(curl, 5)
+
+    curl, first = town.hop_under(begin)
     out, _ = curl.communicate(timeout=120)
     assert text(first + out) == wanted
     assert town.metric(town.pods[0], "vllm:prompt_tokens_cached_total") == 0
