@@ -32,6 +32,7 @@ from midstream_agent.target import bring_up, fingerprint_of, greet, pool_fingerp
 from midstream_agent.transit import Transit
 
 log = logging.getLogger(__name__)
+SPARE_SLOTS = 4
 QUEUE_BUCKETS = (0, 1 << 10, 16 << 10, 256 << 10, 4 << 20)  # upper bounds, bytes; agent.proto names them
 
 
@@ -69,6 +70,8 @@ class SourceJob:
     no_steer: bool = False
     moved_keys: bytes = b""
     """Of all batches."""
+    reserved_slots: int = 0
+    """KV slots that the target was asked for."""
     listed: list[dict[str, Any]] = field(default_factory=list)
     """A further batch's streams, as the pod listed them."""
     tries: dict[int, int] = field(default_factory=dict)
@@ -230,7 +233,9 @@ async def prepare(job: SourceJob) -> None:
         job.note("PREPARE", "left behind", f"{left} connections whose clients did not complete the handshake")
     await handoff.ask("settle", fields)
     settled = await list_streams(job)
-    if len(settled) != len(streams):
+    grown = _slots_for(job, first_batch(job, settled)) - job.reserved_slots
+    # what was decoded meanwhile has used up the spare blocks: no client waits yet, so there is time for more
+    if len(settled) != len(streams) or grown > len(settled) * SPARE_SLOTS // 2:
         await ask_prepare(job, first_batch(job, settled))
     if job.transit is not None:
         job.only = [int(s["id"]) for s in first_batch(job, settled)]
@@ -323,15 +328,20 @@ async def list_streams(job: SourceJob) -> list[dict[str, Any]]:
     return movable
 
 
+def _slots_for(job: SourceJob, streams: list[dict[str, Any]]) -> int:
+    """A few blocks more for each stream: decoding goes on until PAUSE."""
+    slot_bytes = job.pool.geometry.slot_bytes if job.pool else 1
+    return sum(int(s.get("kv_bytes") or 0) for s in streams) // slot_bytes + SPARE_SLOTS * len(streams)
+
+
 async def ask_prepare(job: SourceJob, streams: list[dict[str, Any]]) -> None:
     """Have the target make ready for these streams; the first time for the addresses, too."""
     assert job.peer is not None
     kv_bytes = sum(int(s.get("kv_bytes") or 0) for s in streams)
     job.report.kv.bytes_total = kv_bytes
     replay = job.request.kv_mode == pb.KV_MODE_REPLAY or job.pool is None
-    slot_bytes = job.pool.geometry.slot_bytes if job.pool else 1
-    # a few blocks more a stream: decoding goes on until PAUSE
-    slots = 0 if replay else kv_bytes // slot_bytes + 4 * len(streams)
+    slots = 0 if replay else _slots_for(job, streams)
+    job.reserved_slots = slots
     body = pb.PeerPrepare(
         pod=job.request.target_pod,
         addresses=job.addresses,
