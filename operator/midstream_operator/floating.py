@@ -349,13 +349,24 @@ class FloatingIPs:
     async def moved(self, uids: Sequence[str], target: Pod) -> None:
         """A job has moved these FloatingIPs' streams to the target, and its agent has the addresses: let the network
         follow, then status and slice. Raises Retryable until that is so; idempotent."""
-        place = self._place(target)
-        by_provider: dict[str, list[Json]] = {}
+        for name, objs in self._by_provider(uids).items():
+            await self._move(self._ctx.providers[name], objs, self._place(target))
+
+    async def ask(self, uids: Sequence[str], target: Pod) -> None:
+        """The streams of these FloatingIPs are at the target: have a network that hears no announcement begin to move
+        their addresses. The agents' own proof of the path waits for it. Idempotent."""
+        for name, objs in self._by_provider(uids).items():
+            provider = self._ctx.providers[name]
+            if not provider.announces:
+                addresses = [_status(o)["address"] for o in objs]
+                await provider.assign(addresses, self._place(target), self._ctx.epoch())
+
+    def _by_provider(self, uids: Sequence[str]) -> dict[str, list[Json]]:
+        found: dict[str, list[Json]] = {}
         for uid in uids:
             if (obj := self.objects.get(uid)) is not None:
-                by_provider.setdefault(FipSpec.of(obj).provider, []).append(obj)
-        for name, objs in by_provider.items():
-            await self._move(self._ctx.providers[name], objs, place)
+                found.setdefault(FipSpec.of(obj).provider, []).append(obj)
+        return found
 
     async def _move(self, provider: AddressProvider, objs: list[Json], place: Place) -> None:
         addresses = [_status(o)["address"] for o in objs]

@@ -75,6 +75,7 @@ class Run:
     leaving: str = ""  # the source's node, as soon as it is known
     news: asyncio.Event = field(default_factory=asyncio.Event)
     deleted: bool = False
+    _committed: asyncio.Event = field(default_factory=asyncio.Event)
     _dirty: asyncio.Event = field(default_factory=asyncio.Event)
     _phase_changed: asyncio.Event = field(default_factory=asyncio.Event)
     _write_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -84,6 +85,8 @@ class Run:
         self.spec = JobSpec.of(self.obj)
         self.draft = Draft(self.obj, self.ctx.settings.limits.message_chars)
         self.leaving = self.source_node
+        if self.draft.phase is Phase.COMMITTING:
+            self._committed.set()
 
     # -- what it is --------------------------------------------------------------------------------------
 
@@ -152,6 +155,7 @@ class Run:
                 await self._until_told()
             tasks.start(f"abort of {self.name}", self._abort_when_asked())
             tasks.start(f"witness of {self.name}", self._declare_gone())
+            tasks.start(f"network of {self.name}", self._ask_network())
             await self._carry_out()
         except Aborted:
             await self._end(Phase.ABORTED, "aborted", "aborted before anything was begun")
@@ -373,6 +377,7 @@ class Run:
             self._note("Switching", f"streams change from {self.source_node} to {self.target_node}")
         elif phase is Phase.COMMITTING:
             self._note("Committed", f"{self.target_node} owns the streams: no way back from here")
+            self._committed.set()
 
     async def _lost_report(self) -> pb.JobReport | None:
         """An agent forgets ended jobs when it restarts. Asking it to migrate would begin the job anew; so when it was
@@ -418,8 +423,7 @@ class Run:
         """Until it is so: the tunnel carries the clients meanwhile."""
         target = self._target_pod()
         fips = self.jobs.fips
-        wanted = set(self.draft.status["source"].get("addresses") or [])
-        uids = [u for u, o in fips.objects.items() if (o.get("status") or {}).get("address") in wanted]
+        uids = self._fips()
         pause_s = self.ctx.settings.timeouts.retry_s
         while uids:
             try:
@@ -427,6 +431,27 @@ class Run:
                 return
             except (Retryable, KubeError) as e:
                 self.draft.say(f"the streams are at {target.node}; the address is to follow: {e}")
+                self._dirty.set()
+                await asyncio.sleep(pause_s)
+                pause_s = min(pause_s * 2, self.ctx.settings.timeouts.retry_max_s)
+
+    def _fips(self) -> list[str]:
+        """The FloatingIPs whose addresses go along."""
+        wanted = set(self.draft.status["source"].get("addresses") or [])
+        objects = self.jobs.fips.objects
+        return [uid for uid, o in objects.items() if (o.get("status") or {}).get("address") in wanted]
+
+    async def _ask_network(self) -> None:
+        """Right after COMMIT, while the agents still work: a cloud takes seconds to move an address, and the source's
+        agent ends only when it has seen packets take the new path."""
+        await self._committed.wait()
+        pause_s = self.ctx.settings.timeouts.retry_s
+        while True:
+            try:
+                await self.jobs.fips.ask(self._fips(), self._target_pod())
+                return
+            except OperatorError as e:
+                self.draft.say(f"the streams are at {self.target_node}; the address cannot be asked for yet: {e}")
                 self._dirty.set()
                 await asyncio.sleep(pause_s)
                 pause_s = min(pause_s * 2, self.ctx.settings.timeouts.retry_max_s)

@@ -188,14 +188,14 @@ class World:
 
     # -- nodes and agents --------------------------------------------------------------------------------
 
-    def add_node(self, name: str, zone: str = "z1") -> None:
-        """A Ready node with its agent's pod, and the agent itself."""
+    def add_node(self, name: str, zone: str = "z1", instance: str = "") -> None:
+        """A Ready node with its agent's pod, and the agent itself. `instance`: its EC2 id."""
         self.authority.issue(name)
         self.nodes.append(name)
         address = f"127.77.0.{len(self.nodes)}"
         self.agents.do("agent", node=name, address=address)
         meta = {"name": name, "labels": {"topology.kubernetes.io/zone": zone}}
-        spec = {"providerID": f"aws:///{zone}/i-{name}"}
+        spec = {"providerID": f"aws:///{zone}/{instance or f'i-{name}'}"}
         self.plane.request(
             "POST", "/api/v1/nodes", {"kind": "Node", "apiVersion": "v1", "metadata": meta, "spec": spec}
         )

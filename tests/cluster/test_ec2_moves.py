@@ -1,0 +1,65 @@
+"""The operator, a job, and EC2: real boto3 over HTTP against the testbed's EC2 (midstream_testbed.ec2)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+from cluster_world import Place, World, wait_for
+from midstream_testbed.ec2 import Ec2, Ec2Server, in_memory
+
+ZONE = "eu-west-1a"
+
+
+class Cloud:
+    """Two nodes that are instances, and the pool "cloud"."""
+
+    def __init__(self, ec2: Ec2, world: World) -> None:
+        self.ec2 = ec2
+        subnet = ec2.account.add_subnet("10.0.0.0/24")
+        subnet.reservations["scr-1"] = ("10.0.0.96/27", "explicit", {})
+        self.pool = {"name": "cloud", "provider": "ec2", "cidrs": ["10.0.0.96/27"], "zone": ZONE, "subnet": subnet.id}
+        self.nodes = {ec2.account.add_instance(subnet, "g4dn.xlarge").id: name for name in ("ec2-a", "ec2-b")}
+        for instance, name in self.nodes.items():
+            world.add_node(name, ZONE, instance)
+
+    def owner(self, address: str) -> str:
+        """The node to which the account's table gives the address."""
+        owned = self.ec2.account.addresses.get(address)
+        attachment = self.ec2.account.interfaces[owned.interface].attachment if owned else None
+        return self.nodes[attachment.instance] if attachment else ""
+
+
+@pytest.fixture
+def cloud(world: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
+    for name, value in (("ACCESS_KEY_ID", "AKIATEST"), ("SECRET_ACCESS_KEY", "secret"), ("DEFAULT_REGION", "eu-1")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    before = copy.deepcopy(world.operators.config)
+    ec2 = in_memory()
+    cloud = Cloud(ec2, world)
+    with Ec2Server(ec2) as server:
+        world.operators.stop_all()
+        world.operators.config["pools"].append(cloud.pool)
+        world.operators.config["aws"] = {"ec2": {"cluster": "test", "endpoint": server.url, "region": "eu-west-1"}}
+        yield cloud
+        world.operators.stop_all()
+        world.operators.config = before
+
+
+def test_ec2_is_asked_when_the_job_has_committed_and_not_before(cloud: Cloud, world: World, place: Place) -> None:
+    """The source agent ends its job when packets take the new path: who waited for that would wait for ever."""
+    place.add_pod("llm-0", "ec2-a")
+    address = place.add_fip(pool="cloud", provider="ec2")["status"]["address"]
+    place.add_pod("llm-1", "ec2-b")
+    assert cloud.owner(address) == "ec2-a"
+    with world.agents.stopped_at("MOVE_ADDRESS"):
+        job = place.add_job()
+        place.wait_job(job, "Switching")
+        assert cloud.owner(address) == "ec2-a"
+        world.agents.do("stop-at", steps=["RELEASE"])
+        place.wait_job(job, "Committing")
+        wait_for("the address at the target", lambda: cloud.owner(address) == "ec2-b")
+        assert place.status(job)["phase"] == "Committing"
+    place.wait_job(job, "Succeeded")
+    assert place.wait_fip("llm", "True")["status"]["node"] == "ec2-b"
