@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import uvloop
+from midstream_runtime.contract import open_files
 from midstream_runtime.contract.errors import MidstreamError
 
 from midstream_agent.node import Node
@@ -90,6 +91,7 @@ async def run(settings: Settings) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    open_files.allow_all()
     try:
         uvloop.run(run(parse(argv)))
     except MidstreamError as e:
