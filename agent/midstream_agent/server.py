@@ -139,4 +139,7 @@ async def serve(node: Node) -> tuple[aio.Server, SourceJobs, TargetJobs]:
         raise Final("listen", f"cannot listen on {node.settings.listen}: is another agent running?")
     await server.start()
     await jobs.recover()
+    node.metrics.watch(node.hold, jobs.active)
+    if node.settings.metrics_listen:
+        node.metrics.serve(node.settings.metrics_listen)
     return server, jobs, targets

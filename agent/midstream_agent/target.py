@@ -24,6 +24,7 @@ from midstream_runtime.contract.errors import Final, MidstreamError, Retryable
 
 from midstream_agent import failpoints, peer, pods, tcp
 from midstream_agent.contract import agent_pb2 as pb
+from midstream_agent.contract import logs
 from midstream_agent.handoff import HandoffClient
 from midstream_agent.hold import ADDR_LEAVING, FLOW_HELD, FLOW_HERE
 from midstream_agent.hold_layout import NOTE, NOTE_DATA, NOTE_FIN, NOTE_RST, NOTE_RST_SEEN, NOTE_SEG, NOTE_TS
@@ -319,6 +320,7 @@ class TargetJob:
             self.live = True
         await self._tell_activate()
         self.state = ACTIVATED
+        self.node.metrics.arrived.inc(self.streams - len(self.broken))
         self.activate_ms = (time.perf_counter() - began) * 1e3
         await failpoints.point("target.ACTIVATE.do.after")
         self._close_blanks()
@@ -533,6 +535,7 @@ class TargetSession(peer.Handler):
         job.sessions += 1
 
     async def handle(self, request: pb.PeerRequest, reply: pb.PeerReply) -> None:
+        logs.JOB.set(self._job.job_id.partition("~")[0])
         async with self._job.lock:
             try:
                 await self._dispatch(request, reply)
