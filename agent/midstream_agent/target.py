@@ -36,6 +36,8 @@ from midstream_agent.transit import Transit
 log = logging.getLogger(__name__)
 
 NEW, PREPARED, RESTORED, ACTIVATED, DISCARDED = "NEW", "PREPARED", "RESTORED", "ACTIVATED", "DISCARDED"
+FURTHER = "FURTHER"
+GONE = "GONE"  # in the journal: the source's node, by proof
 NOTE_PAYLOAD = NOTE_DATA | NOTE_FIN
 
 
@@ -75,6 +77,10 @@ class TargetJob:
     opened: bool = False
     moved: bool = False
     """The addresses are here, by proof."""
+    further: int = 0
+    """Streams of further batches that are over."""
+    gone: str = ""
+    """What proves that the source's node is gone; then this job is remembered for ever."""
 
     # -- PREPARE ---------------------------------------------------------------------------------------
 
@@ -365,6 +371,26 @@ class TargetJob:
         for address in self.addresses:
             self.node.hold.del_addr(address)
 
+    # -- the source is gone for good (takeover.py) -----------------------------------------------------
+
+    def take_addresses(self) -> None:
+        """Whatever the network still thinks, packets for the addresses are this node's, and this node emits."""
+        if self.moved or self.at is None:
+            return
+        if self.transit is not None:
+            self.transit.own()
+            self.opened = True
+        for address in self.addresses if self.transit is None else ():
+            self.node.routes.add(address, self.at.link.index)
+        self.node.nic.announce(self.addresses)
+        self.moved = True
+
+    def keep_addresses(self) -> None:
+        """There is nobody that packets could be steered to or from."""
+        if self.transit is not None:
+            self._settle()
+        self.close()
+
     # -- the ends --------------------------------------------------------------------------------------
 
     async def discard(self) -> None:
@@ -416,6 +442,12 @@ class TargetJob:
             self.journal = None
         self.close()
 
+    def count_further(self, streams: int) -> None:
+        """A further batch is over; journalled, for whoever asks when the source cannot be asked any more."""
+        self.further += streams
+        if self.journal is not None:
+            self.journal.decide(FURTHER, streams=self.further)
+
     def _settle(self) -> None:
         """The addresses are like any other of this node; their flows need no entries any more."""
         assert self.transit is not None
@@ -452,6 +484,8 @@ class TargetJob:
         facts = journal.facts
         job = cls(node, facts["job"], facts["source"], facts["source_boot_id"], state=PREPARED, journal=journal)
         job.addresses, job.added = facts["addresses"], facts["added"]
+        job.further = (journal.decided(FURTHER) or {}).get("streams", 0)
+        job.gone = (journal.decided(GONE) or {}).get("evidence", "")
         try:
             job.at = await node.attach_pod(facts["pod"])
             if facts.get("tunnel"):
@@ -564,6 +598,8 @@ class TargetSession(peer.Handler):
                 self._jobs.jobs.pop(job.job_id, None)
                 reply.discarded.SetInParent()
             case "finish":
+                if job.parent is not None:
+                    job.parent.count_further(job.streams - len(job.broken))
                 job.finish()
                 self._jobs.jobs.pop(job.job_id, None)
                 reply.finished.SetInParent()
@@ -587,7 +623,7 @@ class TargetSession(peer.Handler):
         """Streams and addresses are here; a source that stays silent has nothing left that packets could go to."""
         await asyncio.sleep(self._job.node.settings.timeouts.orphan_linger_s)
         async with self._job.lock:
-            if not self._job.sessions and self._jobs.jobs.get(self._job.job_id) is self._job:
+            if not (self._job.sessions or self._job.gone) and self._jobs.jobs.get(self._job.job_id) is self._job:
                 log.info("job %s: its source is silent: the addresses are ours alone now", self._job.job_id)
                 self._job.finish()
                 self._jobs.jobs.pop(self._job.job_id, None)

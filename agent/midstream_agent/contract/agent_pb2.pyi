@@ -691,6 +691,10 @@ Global___AbortReply: _TypeAlias = AbortReply  # noqa: Y015
 
 @_typing.final
 class DeclareGoneRequest(_message.Message):
+    """To the source's agent: its target's node is gone, so a thaw needs no confirmation. To the target's agent: its source's
+    node is gone, so it takes over what it has of the streams.
+    """
+
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: _builtins.int
@@ -699,6 +703,7 @@ class DeclareGoneRequest(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     node: _builtins.str
+    """that is gone"""
     evidence: _builtins.str
     """e.g. "ec2:terminated"; kept in the journal"""
     epoch: _builtins.int
@@ -722,12 +727,24 @@ Global___DeclareGoneRequest: _TypeAlias = DeclareGoneRequest  # noqa: Y015
 class DeclareGoneReply(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    STREAMS_FIELD_NUMBER: _builtins.int
+    LOST_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    streams: _builtins.int
+    """of the target's agent: live there now"""
+    lost: _builtins.int
+    """of those that it knew of"""
+    message: _builtins.str
     def __init__(
         self,
+        *,
+        streams: _builtins.int = ...,
+        lost: _builtins.int = ...,
+        message: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lost", b"lost", "message", b"message", "streams", b"streams"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
