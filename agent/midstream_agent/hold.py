@@ -257,6 +257,9 @@ class Hold:
     def addr_keys(self) -> list[bytes]:
         return self._addrs.keys()
 
+    def birth_keys(self) -> list[bytes]:
+        return self._births.keys()
+
     def counters(self) -> dict[str, int]:
         """Packets by reason, since the maps were made."""
         totals = {}
