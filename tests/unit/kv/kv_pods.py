@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gateway_pair import MODEL, Client, completion, connect_engine, request
 from kv_ends import certificates
@@ -121,15 +121,21 @@ class Move:
     async def rounds(self, deadline_unix_ms: int = 0) -> None:
         await self.source.copy_ahead([LOOPBACK], lambda: False, deadline_unix_ms)
 
-    async def switch(self, *, slots: list[int] | None = None, flip: bool = False) -> None:
-        """PAUSE to ACTIVATE. `slots` instead of those where the blocks came; `flip`: damage one of them, after it was
-        verified."""
+    async def switch(
+        self, *, slots: list[int] | None = None, flip: Literal["", "before it is sent", "after it came"] = ""
+    ) -> None:
+        """PAUSE to ACTIVATE. `slots` instead of those where the blocks came; `flip`: damage the second block."""
         paused = await self.a.agent.ask("pause", {"job": "j", "addresses": [LOOPBACK]})
         fds = paused.take_fds()
+        second = int(paused.header["kv"][1]["slot"])
+        if flip == "before it is sent":
+            _flip(self.a.view, second)
         self.ids = await self.source.tail(paused.header["kv"])
+        if flip == "before it is sent":
+            _flip(self.a.view, second)  # as it was: the source keeps it as cache
         self.slots = await self.target.slots_for(self.ids) if slots is None else slots
-        if flip:
-            self._flip(self.slots[1])
+        if flip == "after it came":
+            _flip(self.b.view, self.slots[1])
         blanks = await self.b.agent.ask("blank", {"job": "j", "families": [4] * len(fds)})
         blanks.close()
         for fd, blank in zip(fds, self.b.handoff._jobs["j"].blanks, strict=True):
@@ -140,15 +146,16 @@ class Move:
         await self.a.agent.ask("release", {"job": "j"})
         await self.b.agent.ask("activate", {"job": "j"})
 
-    def _flip(self, slot: int) -> None:
-        with self.b.view.place(slot, self.b.view.geometry.slot_bytes)[1] as place:
-            for at in range(1, len(place), 2):  # the high bytes of float16: small changes would be lost in rounding
-                place[at] ^= 0x40
-
     async def close(self) -> None:
         await self.source.close()
         await self.target.close()
         await self.server.close()
+
+
+def _flip(view: PoolView, slot: int) -> None:
+    with view.place(slot, view.geometry.slot_bytes)[1] as place:
+        for at in range(1, len(place), 2):  # the high bytes of float16: small changes would be lost in rounding
+            place[at] ^= 0x40
 
 
 @asynccontextmanager

@@ -63,7 +63,7 @@ def test_full_blocks_go_before_the_pause_and_the_answer_is_the_same(
 
 
 def test_one_damaged_byte_behind_the_check_changes_the_answer(engines: Engines, tmp_path: Path) -> None:
-    """The control of all others: the target does use what came."""
+    """The control of all others: the target does use what came, also from the rounds."""
 
     async def body(a: Pod, b: Pod) -> None:
         prompt = new_prompt()
@@ -72,8 +72,29 @@ def test_one_damaged_byte_behind_the_check_changes_the_answer(engines: Engines, 
         await a.wait_for(1, 60)
         async with moving(tmp_path, a, b) as move:
             await move.rounds()
-            await move.switch(flip=True)
+            await move.switch(flip="after it came")
         assert await text_of(client) != wanted
+
+    run(engines, tmp_path, body)
+
+
+@pytest.mark.parametrize("verify", [True, False], ids=["verified", "believed"])
+def test_a_block_that_is_damaged_on_its_way_is_found_by_its_checksum(
+    engines: Engines, tmp_path: Path, verify: bool
+) -> None:
+    """Without the check the answer is another one: it is the check that keeps it the same."""
+
+    async def body(a: Pod, b: Pod) -> None:
+        prompt = new_prompt()
+        wanted = await text_of(await a.ask(prompt, TOKENS))
+        client = await a.ask(prompt, TOKENS)
+        await a.wait_for(1, 60)
+        async with moving(tmp_path, a, b) as move:
+            move.target.receiver._verify = verify
+            await move.switch(flip="before it is sent")
+            assert move.report.reason == ("kv_checksum" if verify else "")
+            assert (move.slots[1] == -1) == verify
+        assert (await text_of(client) == wanted) == verify
 
     run(engines, tmp_path, body)
 
