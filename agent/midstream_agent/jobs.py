@@ -114,6 +114,7 @@ class SourceJobs:
             log.exception("job %s", request.job_id)
             _failed(job, Final("internal", f"{type(e).__name__}: {e}"))
         finally:
+            await source.end_copy(job)
             self._end(job, record)
 
     def _end(self, job: SourceJob, record: Record) -> None:
@@ -281,6 +282,7 @@ class SourceJobs:
             job.transit = Transit(self._node, at, job.addresses, steer["peer"], steer["vni"])
             job.report.switchover = "Steer"
         job.moving = job.transit is None and job.journal.began("SEND")
+        job.report.kv.reason = "agent_restarted" if job.pool is not None else ""  # what has not moved goes without KV
 
 
 def _through(job: SourceJob) -> None:

@@ -21,7 +21,7 @@ from midstream_runtime.contract.errors import MidstreamError
 from midstream_agent.contract import logs
 from midstream_agent.node import Node
 from midstream_agent.server import serve
-from midstream_agent.settings import ImdsSettings, Limits, Nic, Settings, Timeouts, TlsFiles
+from midstream_agent.settings import ImdsSettings, Kv, Limits, Nic, Settings, Timeouts, TlsFiles
 
 
 def parse(argv: list[str] | None = None) -> Settings:
@@ -53,6 +53,10 @@ def parse(argv: list[str] | None = None) -> Settings:
     add("--tunnel-port", type=int, default=Settings.__dataclass_fields__["tunnel_port"].default, help="UDP, for Steer")
     add("--batch-streams", type=int, default=Limits().batch_streams, help="streams that are held and moved together")
     add("--parallel-batches", type=int, default=Limits().parallel_batches)
+    add("--kv-port", type=int, default=Kv().port, help="TCP, for KV from other agents")
+    add("--kv-streams", type=int, default=Kv().streams, help="TCP streams of a job; 0: as many as suit the NIC")
+    add("--kv-bytes-per-s", type=int, default=Kv().bytes_per_s, help="of a job; 0: what the network gives")
+    add("--kv-plain", action="store_true", help="KV without TLS: only where the network between nodes is trusted")
     args = parser.parse_args(argv)
     return Settings(
         node=args.node,
@@ -69,6 +73,9 @@ def parse(argv: list[str] | None = None) -> Settings:
         tunnel=not args.no_tunnel,
         tunnel_port=args.tunnel_port,
         limits=Limits(batch_streams=args.batch_streams, parallel_batches=args.parallel_batches),
+        kv=Kv(
+            port=args.kv_port, streams=args.kv_streams, bytes_per_s=args.kv_bytes_per_s, tls=not args.kv_plain
+        ),
         imds=ImdsSettings(args.imds_host, args.imds_port),
         timeouts=Timeouts(
             moved_linger_s=args.moved_linger_s,

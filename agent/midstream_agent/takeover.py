@@ -45,7 +45,7 @@ async def take_over(jobs: TargetJobs, job_id: str, node: str, evidence: str) -> 
         for job in (first, *batches):
             await _take_over(jobs, job, evidence, count)
         if whole:
-            first.keep_addresses()
+            await first.keep_addresses()
     for job in batches:
         job.close()
     message = f"{count.streams} streams are live here, {count.lost} are lost" + (f": {count.why}" if count.why else "")
