@@ -80,6 +80,7 @@ class TargetJob:
     async def prepare(self, req: pb.PeerPrepare) -> pb.PeerPrepared:
         if self.state not in (NEW, PREPARED):
             raise Final("job_state", f"job {self.job_id} is {self.state} here: it cannot be prepared again")
+        _check_mtu(self.node.settings.nic.mtu_bytes, req.mtu_bytes)
         await self._attach(req)
         if self.parent is not None:
             self.addresses, self.transit = self.parent.addresses, self.parent.transit
@@ -712,6 +713,16 @@ def _check_same_software(hello: dict[str, Any], req: pb.PeerPrepare) -> None:
     if fingerprint_of(hello) != req.model_fingerprint:
         raise Final(
             "target_model", "the target pod serves another model (or other weights): choose a pod of the same workload"
+        )
+
+
+def _check_mtu(ours_bytes: int, theirs_bytes: int) -> None:
+    """Both ends of a stream have agreed on segments that fit the source's NIC."""
+    if ours_bytes < theirs_bytes:
+        raise Final(
+            "mtu_smaller",
+            f"the target's NIC has an MTU of {ours_bytes} bytes, the source's {theirs_bytes}: segments of its streams "
+            "would not fit; choose another target, or give both the same (--mtu)",
         )
 
 
