@@ -22,7 +22,7 @@ from typing import Any
 from midstream_runtime.contract import handoff as wire
 from midstream_runtime.contract.errors import Final, MidstreamError, Retryable
 
-from midstream_agent import failpoints, peer, pods, tcp
+from midstream_agent import failpoints, peer, pods, tcp, tunnel_check
 from midstream_agent.contract import agent_pb2 as pb
 from midstream_agent.contract import logs
 from midstream_agent.handoff import HandoffClient
@@ -568,6 +568,8 @@ class TargetJobs:
             log.info("job %s: restored before this agent started, held until %s decides", job.job_id, job.source_node)
 
     async def session(self, hello: pb.PeerHello) -> peer.Handler:
+        if tunnel_check.is_check(hello.job_id):
+            return tunnel_check.Answerer(self._node)
         job = self.jobs.get(hello.job_id)
         if job is None or job.state == DISCARDED:
             job = self.jobs[hello.job_id] = TargetJob(self._node, hello.job_id, hello.node, hello.boot_id)
