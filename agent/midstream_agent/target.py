@@ -22,7 +22,7 @@ from typing import Any
 from midstream_runtime.contract import handoff as wire
 from midstream_runtime.contract.errors import Final, MidstreamError, Retryable
 
-from midstream_agent import failpoints, peer, pods, tcp
+from midstream_agent import failpoints, peer, pods, tcp, tunnel_check
 from midstream_agent.contract import agent_pb2 as pb
 from midstream_agent.contract import logs
 from midstream_agent.handoff import HandoffClient
@@ -90,6 +90,7 @@ class TargetJob:
     async def prepare(self, req: pb.PeerPrepare) -> pb.PeerPrepared:
         if self.state not in (NEW, PREPARED):
             raise Final("job_state", f"job {self.job_id} is {self.state} here: it cannot be prepared again")
+        _check_mtu(self.node.settings.nic.mtu_bytes, req.mtu_bytes)
         await self._attach(req)
         if self.parent is not None:
             self.addresses, self.transit = self.parent.addresses, self.parent.transit
@@ -567,6 +568,8 @@ class TargetJobs:
             log.info("job %s: restored before this agent started, held until %s decides", job.job_id, job.source_node)
 
     async def session(self, hello: pb.PeerHello) -> peer.Handler:
+        if tunnel_check.is_check(hello.job_id):
+            return tunnel_check.Answerer(self._node)
         job = self.jobs.get(hello.job_id)
         if job is None or job.state == DISCARDED:
             job = self.jobs[hello.job_id] = TargetJob(self._node, hello.job_id, hello.node, hello.boot_id)
@@ -772,6 +775,16 @@ def _check_same_software(hello: dict[str, Any], req: pb.PeerPrepare) -> None:
     if fingerprint_of(hello) != req.model_fingerprint:
         raise Final(
             "target_model", "the target pod serves another model (or other weights): choose a pod of the same workload"
+        )
+
+
+def _check_mtu(ours_bytes: int, theirs_bytes: int) -> None:
+    """Both ends of a stream have agreed on segments that fit the source's NIC."""
+    if ours_bytes < theirs_bytes:
+        raise Final(
+            "mtu_smaller",
+            f"the target's NIC has an MTU of {ours_bytes} bytes, the source's {theirs_bytes}: segments of its streams "
+            "would not fit; choose another target, or give both the same (--mtu)",
         )
 
 
