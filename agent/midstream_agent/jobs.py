@@ -101,6 +101,7 @@ class SourceJobs:
         journal = Journal.create(self._node.journal_folder, "source", request.job_id, facts)
         job = SourceJob(self._node, request, journal, record.add, report=record.report)
         record.job = job
+        log.info("job %s: begins, %s of this node to %s", request.job_id, request.pod.name, request.target_node.name)
         try:
             await saga.run(STEPS, job, job.clock)
             _through(job)
