@@ -132,6 +132,14 @@ def _print_report(report: pb.JobReport, out: Callable[[str], Any]) -> None:
         f"  streams: {counts.total} total, {counts.migrated} migrated, {counts.rolled_back} rolled back, "
         f"{counts.unmovable} unmovable{reasons}, {counts.lost} lost"
     )
+    if report.kv.bytes_total:
+        out(f"  KV: {_kv(report.kv)}")
+
+
+def _kv(kv: pb.KvCounts) -> str:
+    text = f"{kv.bytes_total / 1e6:.1f} MB, {kv.bytes_sent / 1e6:.1f} sent, {kv.bytes_shared / 1e6:.1f} shared"
+    again = f", {kv.blocks_recomputed} blocks computed again" if kv.blocks_recomputed else ""
+    return f"{text}{again}{f' ({kv.reason})' if kv.reason else ''}"
 
 
 async def status(inventory: Inventory, args: argparse.Namespace, out: Callable[[str], Any] = print) -> int:

@@ -132,10 +132,11 @@ class Agents:
             raise await self._said(node, e) from e
         return reply.accepted, reply.message
 
-    async def declare_gone(self, node: str, request: pb.DeclareGoneRequest) -> None:
+    async def declare_gone(self, node: str, request: pb.DeclareGoneRequest) -> pb.DeclareGoneReply:
+        """To the source's agent of its target's node, or to the target's of its source's."""
         try:
             stub = await self._stub(node)
-            await stub.DeclareGone(request, timeout=self.settings.timeouts.agent_reply_s)
+            return await stub.DeclareGone(request, timeout=self.settings.timeouts.agent_reply_s)
         except aio.AioRpcError as e:
             raise await self._said(node, e) from e
 
