@@ -23,7 +23,7 @@ PRODUCT := operator/midstream_cli operator/midstream_operator agent/midstream_ag
 TEST_FOLDERS := unit unit/engine unit/gateway unit/handoff unit/kv unit/vllm unit/operator unit/spot contract bpf csrc net cluster e2e vllm bench
 C_FILES := csrc/src/*.[ch] csrc/include/*.h csrc/fuzz/*.c bpf/*.[ch] tests/bench/*.c
 
-.PHONY: help demo build kube test lint bench clean-testbed proto setup-demo setup-test wheel \
+.PHONY: help demo build kube images test lint bench clean-testbed proto setup-demo setup-test wheel \
 	test-unit test-contract test-csrc test-bpf test-net test-cluster test-e2e test-vllm test-gpu
 
 help: ## What there is
@@ -43,6 +43,9 @@ build: ## The C library, under build/csrc
 
 kube: ## The Kubernetes binaries of the tests, from their Go modules (5 minutes once)
 	@scripts/kube.sh
+
+images: ## The container images, without a registry (4 minutes once)
+	@scripts/images.sh
 
 setup-demo:
 	@scripts/setup.sh $(SETUP_DEMO)
@@ -75,7 +78,8 @@ test-net: setup-test build ## Whole migrations on the testbed
 test-cluster: setup-test build kube ## On a Kubernetes control plane
 	$(PYTEST) tests/cluster
 
-test-e2e: setup-test build ## The demo's own entry point, and its controls
+test-e2e: setup-test build kube images ## The demo and its controls; real nodes, our images, the chart
+	@scripts/setup.sh nodes
 	$(PYTEST) tests/e2e
 
 test-vllm: setup-test build ## With a stock vLLM on the CPU (6 GB, the first time)
