@@ -24,6 +24,8 @@ declare -A debian=(
   [clients]="chromium nginx-light"
   [lint]="clang-format"
   [model]="spin gcc libc6-dev"
+  [images]="buildah debootstrap gcc libc6-dev python3-venv"
+  [nodes]="containerd runc"
 )
 
 missing=()

@@ -15,8 +15,10 @@ import sys
 from pathlib import Path
 
 import uvloop
+from midstream_runtime.contract import open_files
 from midstream_runtime.contract.errors import MidstreamError
 
+from midstream_agent.contract import logs
 from midstream_agent.node import Node
 from midstream_agent.server import serve
 from midstream_agent.settings import ImdsSettings, Kv, Limits, Nic, Settings, Timeouts, TlsFiles
@@ -27,6 +29,8 @@ def parse(argv: list[str] | None = None) -> Settings:
     add = parser.add_argument
     add("--node", required=True, help="this node's name; the certificate's DNS SAN must be the same")
     add("--listen", required=True, help="host:port of the gRPC server")
+    add("--metrics-listen", default="", help="host:port of Prometheus' endpoint, plain HTTP")
+    add("--log-format", choices=("text", "json"), default="text")
     add("--node-address", action="append", default=[], help="this node's own address, one a family")
     add("--tls-ca", required=True, type=Path)
     add("--tls-cert", required=True, type=Path)
@@ -58,6 +62,8 @@ def parse(argv: list[str] | None = None) -> Settings:
         node=args.node,
         listen=args.listen,
         tls=TlsFiles(args.tls_ca, args.tls_cert, args.tls_key),
+        json_logs=args.log_format == "json",
+        metrics_listen=args.metrics_listen,
         node_addresses=tuple(args.node_address),
         bpffs=args.bpffs,
         state_dir=args.state_dir,
@@ -96,9 +102,14 @@ async def run(settings: Settings) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    settings = parse(argv)
+    if settings.json_logs:
+        logs.setup()
+    else:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    open_files.allow_all()
     try:
-        uvloop.run(run(parse(argv)))
+        uvloop.run(run(settings))
     except MidstreamError as e:
         print(f"midstream-agent: {e}", file=sys.stderr)
         return 1

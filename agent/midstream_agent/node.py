@@ -22,6 +22,7 @@ from midstream_agent.announce import Gateway, Nic, Responder, resolve
 from midstream_agent.hold import Hold
 from midstream_agent.inject import Injector
 from midstream_agent.kv_receive import KvServer
+from midstream_agent.metrics import Metrics
 from midstream_agent.net import Link, NetWorker
 from midstream_agent.notices import Board, watch
 from midstream_agent.pods import Pod, find_pod
@@ -91,6 +92,7 @@ class Node:
     linger: dict[tuple[str, ...], tuple[bytes, asyncio.Task[None]]] = field(default_factory=dict)
     """By addresses: entries that stay for late packets after a job, and what ends them."""
     notices: Board = field(default_factory=Board)
+    metrics: Metrics = field(default_factory=Metrics)
     _epochs: dict[str, int] = field(default_factory=dict)
 
     @classmethod

@@ -106,6 +106,8 @@ class Settings:
     node: str
     listen: str  # host:port of the gRPC server
     tls: TlsFiles
+    json_logs: bool = False
+    metrics_listen: str = ""  # host:port of Prometheus' endpoint; empty: none
     node_addresses: tuple[str, ...] = ()
     bpffs: Path = Path("/sys/fs/bpf/midstream")
     state_dir: Path = Path("/var/lib/midstream")

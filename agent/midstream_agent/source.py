@@ -15,7 +15,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from midstream_runtime.contract.errors import Final, MidstreamError, Retryable
 
@@ -744,6 +744,8 @@ async def follow_address(job: SourceJob) -> None:
     assert job.peer is not None and job.transit is not None
     timeouts = job.node.settings.timeouts
     patience_s = timeouts.address_confirm_s + timeouts.peer_reply_s
+    if job.gone() or job.peer.rebooted:
+        _keep_addresses(job)
     try:
         asked = job.peer.answer(patience_s) if job.moving else job.peer.ask(_move_request(job), patience_s)
         reply = await asked
@@ -754,6 +756,22 @@ async def follow_address(job: SourceJob) -> None:
         raise Retryable(e.code, f"{e.message}; {held}") from e
     job.transit.follow()
     job.note("FOLLOW", "proved", f"path proved after {reply.address_moved.took_ms:.1f} ms: this node may go")
+
+
+def _keep_addresses(job: SourceJob) -> NoReturn:
+    """The target's node is gone, and with it what had moved there. All else is this node's again, also in the eyes of
+    a network that had begun to move the addresses, or was through."""
+    assert job.transit is not None
+    job.transit.stay()
+    job.node.nic.announce(job.addresses)
+    job.node.linger_moved(job.node.flows_of(job.addresses), job.addresses)
+    moved, job.report.streams.migrated = job.report.streams.migrated, 0
+    job.report.streams.lost += moved
+    for batch in job.report.batches:
+        if batch.outcome == "moved":
+            batch.outcome, batch.reason = "lost", "target_lost"
+    raise Final("target_lost", f"the target's node is gone, and with it {job.report.streams.lost} streams that had "
+                "moved; all others and new connections are served by the source")  # fmt: skip
 
 
 async def let_go(job: SourceJob) -> None:

@@ -22,8 +22,9 @@ from typing import Any
 from midstream_runtime.contract import handoff as wire
 from midstream_runtime.contract.errors import Final, MidstreamError, Retryable
 
-from midstream_agent import failpoints, peer, pods, tcp
+from midstream_agent import failpoints, peer, pods, tcp, tunnel_check
 from midstream_agent.contract import agent_pb2 as pb
+from midstream_agent.contract import logs
 from midstream_agent.handoff import HandoffClient
 from midstream_agent.hold import ADDR_LEAVING, FLOW_HELD, FLOW_HERE
 from midstream_agent.hold_layout import NOTE, NOTE_DATA, NOTE_FIN, NOTE_RST, NOTE_RST_SEEN, NOTE_SEG, NOTE_TS
@@ -37,6 +38,8 @@ from midstream_agent.transit import Transit
 log = logging.getLogger(__name__)
 
 NEW, PREPARED, RESTORED, ACTIVATED, DISCARDED = "NEW", "PREPARED", "RESTORED", "ACTIVATED", "DISCARDED"
+FURTHER = "FURTHER"
+GONE = "GONE"  # in the journal: the source's node, by proof
 NOTE_PAYLOAD = NOTE_DATA | NOTE_FIN
 
 
@@ -77,12 +80,17 @@ class TargetJob:
     opened: bool = False
     moved: bool = False
     """The addresses are here, by proof."""
+    further: int = 0
+    """Streams of further batches that are over."""
+    gone: str = ""
+    """What proves that the source's node is gone; then this job is remembered for ever."""
 
     # -- PREPARE ---------------------------------------------------------------------------------------
 
     async def prepare(self, req: pb.PeerPrepare) -> pb.PeerPrepared:
         if self.state not in (NEW, PREPARED):
             raise Final("job_state", f"job {self.job_id} is {self.state} here: it cannot be prepared again")
+        _check_mtu(self.node.settings.nic.mtu_bytes, req.mtu_bytes)
         await self._attach(req)
         if self.parent is not None:
             self.addresses, self.transit = self.parent.addresses, self.parent.transit
@@ -339,6 +347,7 @@ class TargetJob:
             self.live = True
         await self._tell_activate()
         self.state = ACTIVATED
+        self.node.metrics.arrived.inc(self.streams - len(self.broken))
         self.activate_ms = (time.perf_counter() - began) * 1e3
         await failpoints.point("target.ACTIVATE.do.after")
         self._close_blanks()
@@ -382,6 +391,28 @@ class TargetJob:
             return self.transit.open()
         for address in self.addresses:
             self.node.hold.del_addr(address)
+
+    # -- the source is gone for good (takeover.py) -----------------------------------------------------
+
+    def take_addresses(self) -> None:
+        """Whatever the network still thinks, packets for the addresses are this node's, and this node emits."""
+        if self.moved or self.at is None:
+            return
+        if self.transit is not None:
+            self.transit.own()
+            self.opened = True
+        for address in self.addresses if self.transit is None else ():
+            self.node.routes.add(address, self.at.link.index)
+        self.node.nic.announce(self.addresses)
+        self.moved = True
+
+    async def keep_addresses(self) -> None:
+        """There is nobody that packets could be steered to or from."""
+        if self.kv is not None:
+            await self.kv.close()
+        if self.transit is not None:
+            self._settle()
+        self.close()
 
     # -- the ends --------------------------------------------------------------------------------------
 
@@ -436,6 +467,12 @@ class TargetJob:
             self.journal = None
         self.close()
 
+    def count_further(self, streams: int) -> None:
+        """A further batch is over; journalled, for whoever asks when the source cannot be asked any more."""
+        self.further += streams
+        if self.journal is not None:
+            self.journal.decide(FURTHER, streams=self.further)
+
     def _settle(self) -> None:
         """The addresses are like any other of this node; their flows need no entries any more."""
         assert self.transit is not None
@@ -472,6 +509,8 @@ class TargetJob:
         facts = journal.facts
         job = cls(node, facts["job"], facts["source"], facts["source_boot_id"], state=PREPARED, journal=journal)
         job.addresses, job.added = facts["addresses"], facts["added"]
+        job.further = (journal.decided(FURTHER) or {}).get("streams", 0)
+        job.gone = (journal.decided(GONE) or {}).get("evidence", "")
         try:
             job.at = await node.attach_pod(facts["pod"])
             if facts.get("tunnel"):
@@ -529,6 +568,8 @@ class TargetJobs:
             log.info("job %s: restored before this agent started, held until %s decides", job.job_id, job.source_node)
 
     async def session(self, hello: pb.PeerHello) -> peer.Handler:
+        if tunnel_check.is_check(hello.job_id):
+            return tunnel_check.Answerer(self._node)
         job = self.jobs.get(hello.job_id)
         if job is None or job.state == DISCARDED:
             job = self.jobs[hello.job_id] = TargetJob(self._node, hello.job_id, hello.node, hello.boot_id)
@@ -555,6 +596,7 @@ class TargetSession(peer.Handler):
         job.sessions += 1
 
     async def handle(self, request: pb.PeerRequest, reply: pb.PeerReply) -> None:
+        logs.JOB.set(self._job.job_id.partition("~")[0])
         async with self._job.lock:
             try:
                 await self._dispatch(request, reply)
@@ -580,6 +622,8 @@ class TargetSession(peer.Handler):
                 self._jobs.jobs.pop(job.job_id, None)
                 reply.discarded.SetInParent()
             case "finish":
+                if job.parent is not None:
+                    job.parent.count_further(job.streams - len(job.broken))
                 await job.finish()
                 self._jobs.jobs.pop(job.job_id, None)
                 reply.finished.SetInParent()
@@ -603,7 +647,7 @@ class TargetSession(peer.Handler):
         """Streams and addresses are here; a source that stays silent has nothing left that packets could go to."""
         await asyncio.sleep(self._job.node.settings.timeouts.orphan_linger_s)
         async with self._job.lock:
-            if not self._job.sessions and self._jobs.jobs.get(self._job.job_id) is self._job:
+            if not (self._job.sessions or self._job.gone) and self._jobs.jobs.get(self._job.job_id) is self._job:
                 log.info("job %s: its source is silent: the addresses are ours alone now", self._job.job_id)
                 await self._job.finish()
                 self._jobs.jobs.pop(self._job.job_id, None)
@@ -731,6 +775,16 @@ def _check_same_software(hello: dict[str, Any], req: pb.PeerPrepare) -> None:
     if fingerprint_of(hello) != req.model_fingerprint:
         raise Final(
             "target_model", "the target pod serves another model (or other weights): choose a pod of the same workload"
+        )
+
+
+def _check_mtu(ours_bytes: int, theirs_bytes: int) -> None:
+    """Both ends of a stream have agreed on segments that fit the source's NIC."""
+    if ours_bytes < theirs_bytes:
+        raise Final(
+            "mtu_smaller",
+            f"the target's NIC has an MTU of {ours_bytes} bytes, the source's {theirs_bytes}: segments of its streams "
+            "would not fit; choose another target, or give both the same (--mtu)",
         )
 
 

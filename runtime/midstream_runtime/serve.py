@@ -25,6 +25,7 @@ from typing import Protocol
 import uvloop
 
 from midstream_runtime import prestop
+from midstream_runtime.contract import open_files
 from midstream_runtime.contract.errors import Final, MidstreamError, Retryable
 from midstream_runtime.engine.client import EngineClient, GatewayEngine
 from midstream_runtime.engine.protocol import EngineInfo
@@ -243,6 +244,7 @@ def parse(argv: Sequence[str] | None = None) -> Options:
 def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     options = parse(argv)
+    open_files.allow_all()
     # The engine may run in another Python: it must find this very package.
     root = str(Path(__file__).resolve().parent.parent)
     os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])

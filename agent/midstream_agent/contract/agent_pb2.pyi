@@ -709,6 +709,10 @@ Global___AbortReply: _TypeAlias = AbortReply  # noqa: Y015
 
 @_typing.final
 class DeclareGoneRequest(_message.Message):
+    """To the source's agent: its target's node is gone, so a thaw needs no confirmation. To the target's agent: its source's
+    node is gone, so it takes over what it has of the streams.
+    """
+
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: _builtins.int
@@ -717,6 +721,7 @@ class DeclareGoneRequest(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     node: _builtins.str
+    """that is gone"""
     evidence: _builtins.str
     """e.g. "ec2:terminated"; kept in the journal"""
     epoch: _builtins.int
@@ -740,12 +745,24 @@ Global___DeclareGoneRequest: _TypeAlias = DeclareGoneRequest  # noqa: Y015
 class DeclareGoneReply(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    STREAMS_FIELD_NUMBER: _builtins.int
+    LOST_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    streams: _builtins.int
+    """of the target's agent: live there now"""
+    lost: _builtins.int
+    """of those that it knew of"""
+    message: _builtins.str
     def __init__(
         self,
+        *,
+        streams: _builtins.int = ...,
+        lost: _builtins.int = ...,
+        message: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lost", b"lost", "message", b"message", "streams", b"streams"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -756,18 +773,24 @@ class DoctorRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     POD_FIELD_NUMBER: _builtins.int
+    PEERS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def pod(self) -> Global___PodRef:
         """optional"""
+
+    @_builtins.property
+    def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___NodeRef]:
+        """nodes to which the tunnel is tried; both ways, so one of two need be asked"""
 
     def __init__(
         self,
         *,
         pod: Global___PodRef | None = ...,
+        peers: _abc.Iterable[Global___NodeRef] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["pod", b"pod"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["pod", b"pod"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["peers", b"peers", "pod", b"pod"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -836,6 +859,7 @@ class PeerRequest(_message.Message):
     COMMIT_FIELD_NUMBER: _builtins.int
     DISCARD_FIELD_NUMBER: _builtins.int
     FINISH_FIELD_NUMBER: _builtins.int
+    PROBE_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     @_builtins.property
     def hello(self) -> Global___PeerHello: ...
@@ -851,6 +875,10 @@ class PeerRequest(_message.Message):
     def discard(self) -> Global___PeerDiscard: ...
     @_builtins.property
     def finish(self) -> Global___PeerFinish: ...
+    @_builtins.property
+    def probe(self) -> Global___PeerProbe:
+        """in a session that is no job's"""
+
     def __init__(
         self,
         *,
@@ -862,12 +890,13 @@ class PeerRequest(_message.Message):
         commit: Global___PeerCommit | None = ...,
         discard: Global___PeerDiscard | None = ...,
         finish: Global___PeerFinish | None = ...,
+        probe: Global___PeerProbe | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "commit", b"commit", "discard", b"discard", "finish", b"finish", "hello", b"hello", "move_address", b"move_address", "prepare", b"prepare", "ship", b"ship"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "commit", b"commit", "discard", b"discard", "finish", b"finish", "hello", b"hello", "move_address", b"move_address", "prepare", b"prepare", "probe", b"probe", "ship", b"ship"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "commit", b"commit", "discard", b"discard", "finish", b"finish", "hello", b"hello", "id", b"id", "move_address", b"move_address", "prepare", b"prepare", "ship", b"ship"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "commit", b"commit", "discard", b"discard", "finish", b"finish", "hello", b"hello", "id", b"id", "move_address", b"move_address", "prepare", b"prepare", "probe", b"probe", "ship", b"ship"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "prepare", "ship", "move_address", "commit", "discard", "finish"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "prepare", "ship", "move_address", "commit", "discard", "finish", "probe"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -886,6 +915,7 @@ class PeerReply(_message.Message):
     ACTIVATED_FIELD_NUMBER: _builtins.int
     DISCARDED_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
+    PROBED_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     @_builtins.property
     def error(self) -> Global___PeerError: ...
@@ -903,6 +933,8 @@ class PeerReply(_message.Message):
     def discarded(self) -> Global___PeerDiscarded: ...
     @_builtins.property
     def finished(self) -> Global___PeerFinished: ...
+    @_builtins.property
+    def probed(self) -> Global___PeerProbed: ...
     def __init__(
         self,
         *,
@@ -915,12 +947,13 @@ class PeerReply(_message.Message):
         activated: Global___PeerActivated | None = ...,
         discarded: Global___PeerDiscarded | None = ...,
         finished: Global___PeerFinished | None = ...,
+        probed: Global___PeerProbed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["activated", b"activated", "address_moved", b"address_moved", "body", b"body", "discarded", b"discarded", "error", b"error", "finished", b"finished", "hello", b"hello", "prepared", b"prepared", "restored", b"restored"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activated", b"activated", "address_moved", b"address_moved", "body", b"body", "discarded", b"discarded", "error", b"error", "finished", b"finished", "hello", b"hello", "prepared", b"prepared", "probed", b"probed", "restored", b"restored"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activated", b"activated", "address_moved", b"address_moved", "body", b"body", "discarded", b"discarded", "error", b"error", "finished", b"finished", "hello", b"hello", "id", b"id", "prepared", b"prepared", "restored", b"restored"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activated", b"activated", "address_moved", b"address_moved", "body", b"body", "discarded", b"discarded", "error", b"error", "finished", b"finished", "hello", b"hello", "id", b"id", "prepared", b"prepared", "probed", b"probed", "restored", b"restored"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["error", "hello", "prepared", "restored", "address_moved", "activated", "discarded", "finished"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["error", "hello", "prepared", "restored", "address_moved", "activated", "discarded", "finished", "probed"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -1127,6 +1160,54 @@ class PeerTunnel(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PeerTunnel: _TypeAlias = PeerTunnel  # noqa: Y015
+
+@_typing.final
+class PeerProbe(_message.Message):
+    """The doctor's: packets for `address`, which is on no wire, pass the tunnel both ways until this session ends."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    TUNNEL_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    @_builtins.property
+    def tunnel(self) -> Global___PeerTunnel: ...
+    def __init__(
+        self,
+        *,
+        address: _builtins.str = ...,
+        tunnel: Global___PeerTunnel | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["tunnel", b"tunnel"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "tunnel", b"tunnel"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PeerProbe: _TypeAlias = PeerProbe  # noqa: Y015
+
+@_typing.final
+class PeerProbed(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TUNNEL_FIELD_NUMBER: _builtins.int
+    MTU_BYTES_FIELD_NUMBER: _builtins.int
+    mtu_bytes: _builtins.int
+    @_builtins.property
+    def tunnel(self) -> Global___PeerTunnel: ...
+    def __init__(
+        self,
+        *,
+        tunnel: Global___PeerTunnel | None = ...,
+        mtu_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["tunnel", b"tunnel"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mtu_bytes", b"mtu_bytes", "tunnel", b"tunnel"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PeerProbed: _TypeAlias = PeerProbed  # noqa: Y015
 
 @_typing.final
 class PeerPrepared(_message.Message):
