@@ -410,7 +410,7 @@ def _open_copy(job: SourceJob, pool: PoolView, prepared: pb.PeerPrepared) -> KvS
     at, _ = job.live_pod()
     node, to = job.node, job.request.target_node
     target = Target(to.name, host_of(to.endpoint), prepared.kv_port, prepared.kv_ticket)
-    settings = settings_for(node.kv, job.request.kv_mode)
+    settings = settings_for(node.kv, job.request)
     sock = pods.connect_handoff(at.pod, node.settings.handoff_path)
     handoff = HandoffClient(sock, node.settings.timeouts.handoff_s)
     try:

@@ -295,6 +295,7 @@ class MigrateRequest(_message.Message):
     KV_MODE_FIELD_NUMBER: _builtins.int
     DEADLINE_UNIX_MS_FIELD_NUMBER: _builtins.int
     DRY_RUN_FIELD_NUMBER: _builtins.int
+    KV_BYTES_PER_S_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     epoch: _builtins.int
     switchover: Global___Switchover.ValueType
@@ -302,6 +303,8 @@ class MigrateRequest(_message.Message):
     deadline_unix_ms: _builtins.int
     """0: none"""
     dry_run: _builtins.bool
+    kv_bytes_per_s: _builtins.int
+    """the copy may take, if the agent's own limit is not lower; 0: the agent's"""
     @_builtins.property
     def pod(self) -> Global___PodRef: ...
     @_builtins.property
@@ -325,10 +328,11 @@ class MigrateRequest(_message.Message):
         kv_mode: Global___KvMode.ValueType = ...,
         deadline_unix_ms: _builtins.int = ...,
         dry_run: _builtins.bool = ...,
+        kv_bytes_per_s: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["pod", b"pod", "target_node", b"target_node", "target_pod", b"target_pod"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "deadline_unix_ms", b"deadline_unix_ms", "dry_run", b"dry_run", "epoch", b"epoch", "job_id", b"job_id", "kv_mode", b"kv_mode", "pod", b"pod", "switchover", b"switchover", "target_node", b"target_node", "target_pod", b"target_pod"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "deadline_unix_ms", b"deadline_unix_ms", "dry_run", b"dry_run", "epoch", b"epoch", "job_id", b"job_id", "kv_bytes_per_s", b"kv_bytes_per_s", "kv_mode", b"kv_mode", "pod", b"pod", "switchover", b"switchover", "target_node", b"target_node", "target_pod", b"target_pod"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
