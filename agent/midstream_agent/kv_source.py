@@ -99,6 +99,11 @@ class KvSource:
         trouble = copy.trouble.code if copy.trouble and copy.trouble.code != "aborted" else ""
         report.reason = report.reason or trouble or next(iter(failures), "")
 
+    @property
+    def bytes_per_s(self) -> float:
+        """What the network took; 0: too little was sent to tell."""
+        return self._sender.bytes_per_s or self.copy.progress.bytes_per_s
+
     def summary(self) -> str:
         copy = self.copy
         sent, shared, rate = (x / 1e6 for x in (copy.sent_bytes, copy.shared_bytes, copy.progress.bytes_per_s))

@@ -424,6 +424,7 @@ async def end_copy(job: SourceJob) -> None:
     """Before the pool is closed. A batch leaves it to its job."""
     if job.copy is not None and job.parent is None:
         copy, job.copy = job.copy, None
+        job.node.kv_bytes_per_s = copy.bytes_per_s or job.node.kv_bytes_per_s
         await copy.close()
 
 
