@@ -57,6 +57,8 @@ def parse(argv: list[str] | None = None) -> Settings:
     add("--kv-streams", type=int, default=Kv().streams, help="TCP streams of a job; 0: as many as suit the NIC")
     add("--kv-bytes-per-s", type=int, default=Kv().bytes_per_s, help="of a job; 0: what the network gives")
     add("--kv-plain", action="store_true", help="KV without TLS: only where the network between nodes is trusted")
+    add("--kv-prefill-tokens-per-s", type=float, default=Kv().prefill_tokens_per_s,
+        help="of the targets' engines: the last blocks are computed again where that is sooner; 0: always sent")
     args = parser.parse_args(argv)
     return Settings(
         node=args.node,
@@ -74,7 +76,8 @@ def parse(argv: list[str] | None = None) -> Settings:
         tunnel_port=args.tunnel_port,
         limits=Limits(batch_streams=args.batch_streams, parallel_batches=args.parallel_batches),
         kv=Kv(
-            port=args.kv_port, streams=args.kv_streams, bytes_per_s=args.kv_bytes_per_s, tls=not args.kv_plain
+            port=args.kv_port, streams=args.kv_streams, bytes_per_s=args.kv_bytes_per_s, tls=not args.kv_plain,
+            prefill_tokens_per_s=args.kv_prefill_tokens_per_s,
         ),
         imds=ImdsSettings(args.imds_host, args.imds_port),
         timeouts=Timeouts(
