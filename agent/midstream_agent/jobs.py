@@ -103,6 +103,7 @@ class SourceJobs:
         job = SourceJob(self._node, request, journal, record.add, report=record.report)
         record.job = job
         logs.JOB.set(request.job_id)
+        log.info("job %s: begins, %s of this node to %s", request.job_id, request.pod.name, request.target_node.name)
         try:
             await saga.run(STEPS, job, job.clock)
             _through(job)

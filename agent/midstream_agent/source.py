@@ -410,7 +410,7 @@ def _open_copy(job: SourceJob, pool: PoolView, prepared: pb.PeerPrepared) -> KvS
     at, _ = job.live_pod()
     node, to = job.node, job.request.target_node
     target = Target(to.name, host_of(to.endpoint), prepared.kv_port, prepared.kv_ticket)
-    settings = settings_for(node.kv, job.request.kv_mode)
+    settings = settings_for(node.kv, job.request)
     sock = pods.connect_handoff(at.pod, node.settings.handoff_path)
     handoff = HandoffClient(sock, node.settings.timeouts.handoff_s)
     try:
@@ -424,6 +424,7 @@ async def end_copy(job: SourceJob) -> None:
     """Before the pool is closed. A batch leaves it to its job."""
     if job.copy is not None and job.parent is None:
         copy, job.copy = job.copy, None
+        job.node.kv_bytes_per_s = copy.bytes_per_s or job.node.kv_bytes_per_s
         await copy.close()
 
 

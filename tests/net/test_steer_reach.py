@@ -17,8 +17,9 @@ import pytest
 from bytes_client import pattern, piece
 from midstream_agent.hold import Hold
 from midstream_testbed.fleet import wait_for_line
-from midstream_testbed.machine import IFA_F_NODAD, Client, Pod
+from midstream_testbed.machine import Client, Pod
 from midstream_testbed.namespace import Namespace, family_of
+from midstream_testbed.pod_net import IFA_F_NODAD
 from remains import Remains
 from world import PORT, V4, V6, World
 
