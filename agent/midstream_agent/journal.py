@@ -85,10 +85,14 @@ class Journal:
         self._file.close()
 
     def remove(self) -> None:
-        """The job ended: nothing of it is needed after a crash."""
+        """The job ended: nothing of it is needed after a crash.
+
+        By name and not by a pattern: `a.*` are also the files of job `a.b`, and each pattern stays in memory (fnmatch).
+        """
         self.close()
-        for path in self.path.parent.glob(self.path.stem + ".*"):
-            path.unlink(missing_ok=True)
+        for path in self.path.parent.iterdir():
+            if path.stem == self.path.stem:
+                path.unlink(missing_ok=True)
 
     def _write(self, line: dict[str, Any]) -> None:
         self.lines.append(line)

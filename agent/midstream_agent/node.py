@@ -246,6 +246,10 @@ class Node:
             self._epochs[what] = epoch
             self._save_epochs()
 
+    def forget_epoch(self, what: str) -> None:
+        """It has ended. The file follows with the next change: after a crash one epoch too many harms nobody."""
+        self._epochs.pop(what, None)
+
     @property
     def _epoch_file(self) -> Path:
         return self.settings.state_dir / "epochs.json"

@@ -57,7 +57,7 @@ async def _take_over(jobs: TargetJobs, job: TargetJob, evidence: str, count: Cou
         count.lost += len(job.families)
         count.why = count.why or "no whole checkpoint of them had come"
         await job.discard()
-        jobs.jobs.pop(job.job_id, None)
+        jobs.forget(job)
         return
     if not job.gone and job.journal is not None:
         job.journal.decide(GONE, node=job.source_node, evidence=evidence)

@@ -606,6 +606,10 @@ class TargetJobs:
         self._node.check_epoch(f"job:{hello.job_id}", hello.epoch)
         return TargetSession(self, job)
 
+    def forget(self, job: TargetJob) -> None:
+        """Nobody will ask for it again."""
+        self.jobs.pop(job.job_id, None)
+        self._node.forget_epoch(f"job:{job.job_id}")
 
     def parent_of(self, job_id: str, batch: TargetJob) -> TargetJob:
         """The job whose further batch this is: live here, of the same source."""
@@ -647,13 +651,13 @@ class TargetSession(peer.Handler):
                 reply.activated.CopyFrom(await job.activate(request.commit))
             case "discard":
                 await job.discard()
-                self._jobs.jobs.pop(job.job_id, None)
+                self._jobs.forget(job)
                 reply.discarded.SetInParent()
             case "finish":
                 if job.parent is not None:
                     job.parent.count_further(job.streams - len(job.broken))
                 await job.finish()
-                self._jobs.jobs.pop(job.job_id, None)
+                self._jobs.forget(job)
                 reply.finished.SetInParent()
             case other:
                 raise Final("peer_protocol", f"this agent does not know the request {other}: upgrade it first")
@@ -667,7 +671,7 @@ class TargetSession(peer.Handler):
         async with self._job.lock:
             if self._job.state in (NEW, PREPARED) and not self._job.sessions:
                 await self._job.discard()
-                self._jobs.jobs.pop(self._job.job_id, None)
+                self._jobs.forget(self._job)
         if self._job.state == ACTIVATED and self._job.moved:
             await self._bury()
 
@@ -678,7 +682,7 @@ class TargetSession(peer.Handler):
             if not (self._job.sessions or self._job.gone) and self._jobs.jobs.get(self._job.job_id) is self._job:
                 log.info("job %s: its source is silent: the addresses are ours alone now", self._job.job_id)
                 await self._job.finish()
-                self._jobs.jobs.pop(self._job.job_id, None)
+                self._jobs.forget(self._job)
 
 
 async def fds_of(handoff: HandoffClient, job_id: str) -> list[int]:

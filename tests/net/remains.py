@@ -10,6 +10,7 @@ which come and go by themselves, are held against what they were when everything
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -24,6 +25,10 @@ from world import PORT, World
 
 RSS_MARGIN_KB = 4 << 10
 """Seen in 40 migrations: 1.8 MB for the jobs that an agent remembers (64 at most), nothing in a serving process."""
+EPOCHS_MARGIN = 8
+"""The last job's, with its batches, are in the file until something else is written."""
+THREADS_MARGIN = 6
+"""Python's pool for what would block the loop starts its threads one by one, up to 4 more than there are CPUs."""
 TRANSIENT_S = 300
 """Longest timeout of a tracked connection that is ending or was never answered (tcp_timeout_unacknowledged). Steering
 leaves some: a SYN that is dropped behind the host's routing, a copy that comes after the connection's end."""
@@ -41,6 +46,7 @@ class Remains:
     neighbours: frozenset[Line]
     tracked: Counter[str]
     files: frozenset[str]
+    epochs: int  # of jobs, that agents remember
     fds: dict[int, Counter[str]]
     threads: dict[int, int]
     rss_kb: dict[int, int]
@@ -57,6 +63,7 @@ class Remains:
             neighbours=frozenset(line for n in (*hosts, *pods) for line in n.netlink(neighbours_of(n.name))),
             tracked=sum((tracked_flows(h.name, h.proc_net("nf_conntrack")) for h in hosts), Counter[str]()),
             files=frozenset(str(p) for a in world.fleet.agents.values() for p in a.state_dir.rglob("*") if p.is_file()),
+            epochs=sum(job_epochs(a.state_dir) for a in world.fleet.agents.values()),
             fds={pid: descriptors(pid) for pid in pids},
             threads={pid: status_of(pid, "Threads") for pid in pids},
             rss_kb={pid: status_of(pid, "VmRSS") for pid in pids},
@@ -82,6 +89,8 @@ class Remains:
         found = [] if difference == leaks.NOTHING else [str(difference)]
         found += [f"neighbour {' '.join(line)}" for line in sorted(now.neighbours - self.neighbours)]
         found += [f"{n} tracked: {what}" for what, n in (now.tracked - self.tracked).items()]
+        more = now.epochs - self.epochs
+        found += [f"{more} epochs of jobs more"] if more > EPOCHS_MARGIN else []
         return now.lingering() + found + self._in_processes(now)
 
     def _in_processes(self, now: Remains) -> list[str]:
@@ -90,7 +99,7 @@ class Remains:
             more = now.fds[pid] - self.fds[pid]
             found += [f"{name} has {dict(more)} too many"] if more else []
             threads, kb = now.threads[pid] - self.threads[pid], now.rss_kb[pid] - self.rss_kb[pid]
-            found += [f"{name} has {threads} threads too many"] if threads > 0 else []
+            found += [f"{name} has {threads} threads too many"] if threads > THREADS_MARGIN else []
             found += [f"{name} has grown by {kb} kB"] if kb > RSS_MARGIN_KB else []
         return found
 
@@ -138,6 +147,11 @@ def tracked_flows(host: str, listing: str) -> Counter[str]:
     lines = (line.split() for line in listing.splitlines())
     alive = (f for f in lines if f[2] == "tcp" and int(f[4]) > TRANSIENT_S)
     return Counter(f"{host} {'stream' if f'dport={PORT}' in f else 'tcp'} {f[5]}" for f in alive)
+
+
+def job_epochs(state_dir: Path) -> int:
+    file = state_dir / "epochs.json"
+    return sum(key.startswith("job:") for key in json.loads(file.read_text())) if file.exists() else 0
 
 
 def status_of(pid: int, field: str) -> int:

@@ -98,9 +98,8 @@ def test_no_byte_is_lost_however_long_the_address_takes(
     world.vpc.fabric.move_seconds = move_s
     streams = start(seconds=2.5 + 3 * move_s, size=2_000_000)
     before = counters(world, world.at)["tunnel_out"]
-    for _ in range(3):
-        report = steered(world)
-        assert len(report["batches"]) == -(-2 * CLIENTS // BATCH)
+    reports = [steered(world) for _ in range(3)]
+    assert len(reports[0]["batches"]) == -(-2 * CLIENTS // BATCH)  # later, some streams may have ended
     assert max(counters(world, n)["tunnel_out"] for n in world.fleet.agents) > before  # the tunnel was needed
     streams.unharmed()
 

@@ -23,7 +23,7 @@ from remains import RSS_MARGIN_KB, Remains
 from world import PORT, V4, V6, World
 
 HOPS = 500 if os.environ.get("LONG") else 40
-WARM_UP = 100 if os.environ.get("LONG") else 12
+WARM_UP = 200 if os.environ.get("LONG") else 12
 """An even number: the streams are then where they were. With 500, beyond what agents remember of ended jobs."""
 COMERS_EVERY = 10
 

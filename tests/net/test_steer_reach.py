@@ -115,13 +115,17 @@ def ask(sock: socket.socket, number: int) -> str:
         return ""
 
 
-@pytest.mark.parametrize("address", [V4, V6], ids=["v4", "v6"])
-def test_datagrams_are_answered_by_the_node_that_has_the_address(world: World, address: str) -> None:
+@pytest.mark.parametrize(
+    ("place", "address"), [("outside", V4), ("outside", V6), ("node-b", V4)], ids=["v4", "v6", "on-the-target"]
+)
+def test_datagrams_are_answered_by_the_node_that_has_the_packet(world: World, place: str, address: str) -> None:
     """They have no state that could move: the source's pod answers until the address has moved, then the target's."""
+    world.settle_at("node-a")
     world.vpc.fabric.move_seconds = 1.0
     source, target = world.at, world.away
     heard = []
-    with answering(world, address), world.outside.new_socket(family_of(address), socket.SOCK_DGRAM) as sock:
+    client = world.places()[place]
+    with answering(world, address), client.new_socket(family_of(address), socket.SOCK_DGRAM) as sock:
         sock.settimeout(0.25)
         sock.connect((address, UDP_PORT))
         heard += [ask(sock, i) for i in range(10)]

@@ -44,3 +44,13 @@ def test_removing_a_journal_takes_its_blobs_along(journal: Journal, tmp_path: Pa
         journal.remove()
         assert list(journals(tmp_path, "source")) == [other.path]
     assert not journal.blob_path("checkpoints").exists()
+
+
+def test_a_job_takes_no_files_of_another_with_it(tmp_path: Path) -> None:
+    first, second = (Journal.create(tmp_path, "source", job, {}) for job in ("a", "a.b"))
+    for journal in (first, second):
+        journal.blob_path("notes").write_bytes(b"")
+    first.remove()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["source-a.b.jsonl", "source-a.b.notes"]
+    second.remove()
+    assert list(tmp_path.iterdir()) == []
