@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -90,3 +91,22 @@ def test_an_address_that_did_not_arrive_is_asked_back(cloud: Cloud, world: World
     world.agents.do("fail-at", steps=[])
     assert cloud.owner(address) == "ec2-a"
     assert place.wait_fip("llm", "True")["status"]["node"] == "ec2-a"
+
+
+def doctor(world: World) -> list[dict[str, str]]:
+    (name,) = world.operators.running
+    found: list[dict[str, str]] = json.loads(world.operators.fetch(name, "/doctor"))["findings"]
+    return [f for f in found if f["check"] == "iam cloud"]
+
+
+def test_the_doctor_asks_ec2_what_the_role_allows(cloud: Cloud, world: World, place: Place) -> None:
+    (found,) = wait_for("the doctor", lambda: doctor(world))
+    assert found["severity"] == "ok" and "actions are allowed" in found["message"]
+    cloud.ec2.denied.add("AttachNetworkInterface")
+    cloud.ec2.denied.add("DescribeInstances")
+    try:
+        denied = wait_for("the denials", lambda: [f for f in doctor(world) if f["severity"] == "error"], 15)
+    finally:
+        cloud.ec2.denied.clear()
+    assert any(f["message"].startswith("ec2:DescribeInstances (nodes, and the proof") for f in denied), denied
+    assert all("docs/iam.md" in f["remedy"] for f in denied)
