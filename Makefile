@@ -85,7 +85,7 @@ test-vllm: setup-test build ## With a stock vLLM on the CPU (6 GB, the first tim
 test-gpu: ## Where there is a GPU (no tests yet)
 	@echo "test-gpu: there is no CUDA code of ours yet but the engine's --device, so nothing to test"
 
-bench: setup-test build ## All benchmarks; figures beside their goals, JSON under build/bench
+bench: setup-test build kube ## All benchmarks; figures beside their goals, JSON under build/bench
 	@scripts/setup.sh inspect
 	@scripts/parts.sh bench
 

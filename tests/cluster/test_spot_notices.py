@@ -60,10 +60,10 @@ def test_the_queue_alone_is_enough(tmp_path: Path) -> None:
 
 
 def test_a_hundred_streams_and_both_sources_make_one_job(tmp_path: Path) -> None:
-    status, result, said = demo(tmp_path, "--source", "both", "--streams", "100", "--notice-seconds", "40",
-                                "--pace-ms", "60")  # fmt: skip
+    status, result, said = demo(tmp_path, "--source", "both", "--streams", "100", "--notice-seconds", "30",
+                                "--pace-ms", "200", "--tokens", "320")  # fmt: skip
     assert status == 0, said
-    assert_moved_in_time(result, said, 40)
+    assert_moved_in_time(result, said, 30)
     assert result["migrated_streams"] == 101, said
 
 
