@@ -9,6 +9,8 @@ export PYTHONPATH := $(CURDIR)/operator:$(CURDIR)/agent:$(CURDIR)/runtime:$(CURD
 export PYTHONDONTWRITEBYTECODE := 1
 PYTEST = $(DEV) -m pytest --junitxml=build/junit/$@.xml
 
+GPU_PYTEST := -c /dev/null --rootdir=. --confcutdir=tests/gpu --import-mode=importlib -p no:cacheprovider -rs
+
 SETUP_DEMO := run build bpf net
 SETUP_TEST := dev build bpf net
 DEMO := $(RUN) -m midstream_testbed.demo
@@ -20,10 +22,10 @@ DEMO := $(DEV) -m midstream_testbed.spot
 demo: kube
 endif
 PRODUCT := operator/midstream_cli operator/midstream_operator agent/midstream_agent runtime/midstream_runtime tests/testbed/midstream_testbed
-TEST_FOLDERS := unit unit/engine unit/gateway unit/handoff unit/kv unit/vllm unit/operator unit/spot contract bpf csrc net cluster e2e vllm bench
+TEST_FOLDERS := unit unit/engine unit/gateway unit/handoff unit/kv unit/vllm unit/operator unit/spot contract bpf csrc net cluster e2e vllm gpu bench
 C_FILES := csrc/src/*.[ch] csrc/include/*.h csrc/fuzz/*.c bpf/*.[ch] tests/bench/*.c
 
-.PHONY: help demo build kube test lint bench clean-testbed proto setup-demo setup-test wheel \
+.PHONY: help demo build kube images test lint bench clean-testbed proto setup-demo setup-test wheel \
 	test-unit test-contract test-csrc test-bpf test-net test-cluster test-e2e test-vllm test-gpu
 
 help: ## What there is
@@ -43,6 +45,9 @@ build: ## The C library, under build/csrc
 
 kube: ## The Kubernetes binaries of the tests, from their Go modules (5 minutes once)
 	@scripts/kube.sh
+
+images: ## The container images, without a registry (4 minutes once)
+	@scripts/images.sh
 
 setup-demo:
 	@scripts/setup.sh $(SETUP_DEMO)
@@ -75,15 +80,16 @@ test-net: setup-test build ## Whole migrations on the testbed
 test-cluster: setup-test build kube ## On a Kubernetes control plane
 	$(PYTEST) tests/cluster
 
-test-e2e: setup-test build ## The demo's own entry point, and its controls
+test-e2e: setup-test build kube images ## The demo and its controls; real nodes, our images, the chart
+	@scripts/setup.sh nodes
 	$(PYTEST) tests/e2e
 
 test-vllm: setup-test build ## With a stock vLLM on the CPU (6 GB, the first time)
 	@scripts/setup.sh vllm
 	$(PYTEST) tests/vllm
 
-test-gpu: ## Where there is a GPU (no tests yet)
-	@echo "test-gpu: there is no CUDA code of ours yet but the engine's --device, so nothing to test"
+test-gpu: $(if $(GPU_PYTHON),,setup-test) ## KV between GPU and pool; GPU_PYTHON=python3: one with torch, transformers, pytest
+	$(if $(GPU_PYTHON),PYTHONPATH=runtime $(GPU_PYTHON) -m pytest $(GPU_PYTEST),$(PYTEST)) tests/gpu
 
 bench: setup-test build kube ## All benchmarks; figures beside their goals, JSON under build/bench
 	@scripts/setup.sh inspect

@@ -8,6 +8,7 @@ set -euo pipefail
 top=$(cd "$(dirname "$0")/.." && pwd)
 cache=${MIDSTREAM_CACHE:-$HOME/.cache/midstream}/images
 tag=test
+"$top/scripts/setup.sh" images
 mkdir -p "$cache" "$top/build/images"
 exec 7>"$cache/lock"
 flock 7

@@ -5,21 +5,22 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 
 declare -A limit_s=(
-  [test-unit]=1200 [test-contract]=300 [test-csrc]=1200 [test-bpf]=900 [test-net]=2400 [test-e2e]=900
-  [test-cluster]=1800 [test-vllm]=1200
+  [test-unit]=1200 [test-contract]=300 [test-csrc]=1200 [test-bpf]=900 [test-net]=2700 [test-e2e]=1500
+  [test-cluster]=1800 [test-vllm]=1200 [test-gpu]=600
 )
 case ${1:-} in
-  test) parts=(test-unit test-contract test-csrc test-bpf test-e2e test-net test-cluster test-vllm) ;;
+  test) parts=(test-unit test-contract test-csrc test-bpf test-gpu test-net test-e2e test-cluster test-vllm) ;;
   bench) parts=(); for file in tests/bench/bench_*.py; do parts+=("$file"); done ;;
   *) echo "usage: scripts/parts.sh test|bench" >&2; exit 2 ;;
 esac
 [ -z "${LONG:-}" ] || for part in "${!limit_s[@]}"; do limit_s[$part]=14400; done
 
-# The Go builds take minutes and nothing before the cluster tests needs them: beside the other parts, at low priority.
+# The Go builds and the images take minutes and nothing before the Kubernetes tests needs them: beside the other parts,
+# at low priority.
 if [ "$1" = test ]; then
   mkdir -p build
-  nice -n 15 scripts/kube.sh >build/kube.log 2>&1 </dev/null &
-  trap "kill $! 2>/dev/null" EXIT
+  setsid nice -n 15 sh -c 'scripts/kube.sh; scripts/images.sh' >build/kube.log 2>&1 </dev/null &
+  trap "kill -- -$! 2>/dev/null" EXIT
 fi
 
 seconds=() results=() failed=0

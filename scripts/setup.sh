@@ -19,11 +19,13 @@ declare -A debian=(
   [build]="gcc make libc6-dev"
   [bpf]="linux-headers-amd64 kmod"
   [net]="iproute2 tcpdump nftables iptables conntrack ethtool curl util-linux libcap2-bin iputils-ping"
-  [inspect]="strace bpftool"
+  [inspect]="strace bpftool iperf3"
   [sanitize]="clang-14 libclang-rt-14-dev llvm-14"
   [clients]="chromium nginx-light"
   [lint]="clang-format"
   [model]="spin gcc libc6-dev"
+  [images]="buildah debootstrap gcc libc6-dev python3-venv"
+  [nodes]="containerd runc"
 )
 
 missing=()

@@ -153,6 +153,8 @@ async def open_batch(batch: SourceJob) -> None:
     timeouts = batch.node.settings.timeouts
     pause_s = timeouts.retry_s
     while True:
+        if batch.gone() or (batch.peer is not None and batch.peer.rebooted):
+            raise Final("target_lost", f"{batch.request.target_node.name} is gone: these streams stay at the source")
         try:
             return await _open(batch)
         except Retryable as e:

@@ -123,6 +123,8 @@ class KvSource:
             self._handoff.close()
 
 
-def settings_for(settings: Kv, mode: pb.KvMode.ValueType) -> Kv:
-    """Copy: KV goes also where computing it again would be sooner."""
-    return replace(settings, prefill_tokens_per_s=0) if mode == pb.KV_MODE_COPY else settings
+def settings_for(settings: Kv, request: pb.MigrateRequest) -> Kv:
+    """The job's own limit, where it is lower; and with Copy, KV goes also where computing it again would be sooner."""
+    limits = [limit for limit in (settings.bytes_per_s, request.kv_bytes_per_s) if limit]
+    prefill = 0.0 if request.kv_mode == pb.KV_MODE_COPY else settings.prefill_tokens_per_s
+    return replace(settings, bytes_per_s=min(limits, default=0), prefill_tokens_per_s=prefill)

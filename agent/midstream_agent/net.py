@@ -255,8 +255,14 @@ def unless_gone(call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
             raise
 
 
+def sysctl_file(path: str) -> Path:
+    """Container runtimes mount /proc/sys read-only: the chart brings the node's in at a place of its own. What
+    net/ shows is the calling thread's namespace's there, too."""
+    return Path(os.environ.get("MIDSTREAM_PROC_SYS", "/proc/sys"), path)
+
+
 def sysctl(path: str, value: str) -> None:
-    Path("/proc/sys", path).write_text(value, encoding="ascii")
+    sysctl_file(path).write_text(value, encoding="ascii")
 
 
 def open_netns(pid: int) -> int:

@@ -8,7 +8,7 @@ import grpc
 from grpc import aio
 from midstream_runtime.contract.errors import Final, MidstreamError, Retryable
 
-from midstream_agent import __version__, doctor, peer, takeover, tls
+from midstream_agent import __version__, doctor, peer, takeover, tls, tunnel_check
 from midstream_agent.contract import agent_pb2 as pb
 from midstream_agent.contract import agent_pb2_grpc as rpc
 from midstream_agent.jobs import SourceJobs
@@ -116,7 +116,7 @@ class AgentService(NoticesMixin, rpc.AgentServicer):
 
     async def Doctor(self, request: pb.DoctorRequest, context: Any) -> pb.DoctorReply:
         await self._admit(context)
-        return pb.DoctorReply(findings=await doctor.examine(self._node))
+        return pb.DoctorReply(findings=await doctor.examine(self._node, request.peers))
 
     async def Survey(self, request: pb.SurveyRequest, context: Any) -> pb.SurveyReply:
         await self._admit(context)
@@ -144,6 +144,7 @@ async def _refuse(context: Any, e: Exception) -> None:
 async def serve(node: Node) -> tuple[aio.Server, SourceJobs, TargetJobs]:
     """Take up unfinished jobs, then listen. A peer may only speak to an agent that knows its journal."""
     jobs, targets = SourceJobs(node), TargetJobs(node)
+    tunnel_check.forget_all(node)
     await targets.recover()
     server = aio.server(options=peer.channel_options(node.settings))
     rpc.add_AgentServicer_to_server(AgentService(node, jobs, targets), server)

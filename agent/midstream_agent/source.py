@@ -15,7 +15,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from midstream_runtime.contract.errors import Final, MidstreamError, Retryable
 
@@ -410,7 +410,7 @@ def _open_copy(job: SourceJob, pool: PoolView, prepared: pb.PeerPrepared) -> KvS
     at, _ = job.live_pod()
     node, to = job.node, job.request.target_node
     target = Target(to.name, host_of(to.endpoint), prepared.kv_port, prepared.kv_ticket)
-    settings = settings_for(node.kv, job.request.kv_mode)
+    settings = settings_for(node.kv, job.request)
     sock = pods.connect_handoff(at.pod, node.settings.handoff_path)
     handoff = HandoffClient(sock, node.settings.timeouts.handoff_s)
     try:
@@ -745,16 +745,37 @@ async def follow_address(job: SourceJob) -> None:
     assert job.peer is not None and job.transit is not None
     timeouts = job.node.settings.timeouts
     patience_s = timeouts.address_confirm_s + timeouts.peer_reply_s
+    if job.gone() or job.peer.rebooted:
+        await _keep_addresses(job)
     try:
         asked = job.peer.answer(patience_s) if job.moving else job.peer.ask(_move_request(job), patience_s)
         reply = await asked
     except MidstreamError as e:
         job.moving = False
+        if e.code == "target_lost":
+            await _keep_addresses(job)
         count = len(job.moved_keys) // tcp.KEY_BYTES
         held = f"the {count} streams that have moved go through this node until the address has: keep it alive"
         raise Retryable(e.code, f"{e.message}; {held}") from e
     job.transit.follow()
     job.note("FOLLOW", "proved", f"path proved after {reply.address_moved.took_ms:.1f} ms: this node may go")
+
+
+async def _keep_addresses(job: SourceJob) -> NoReturn:
+    """The target's node is gone, or its pod, and with it what had moved there. All else is this node's again, also in
+    the eyes of a network that had begun to move the addresses, or was through."""
+    assert job.transit is not None
+    job.transit.stay()
+    job.node.nic.announce(job.addresses)
+    job.node.linger_moved(job.node.flows_of(job.addresses), job.addresses)
+    moved, job.report.streams.migrated = job.report.streams.migrated, 0
+    job.report.streams.lost += moved
+    for batch in job.report.batches:
+        if batch.outcome == "moved":
+            batch.outcome, batch.reason = "lost", "target_lost"
+    await say_finished(job)
+    raise Final("target_lost", f"the target is gone, and with it {job.report.streams.lost} streams that had moved; all "
+                "others and new connections are served by the source")  # fmt: skip
 
 
 async def let_go(job: SourceJob) -> None:
@@ -808,6 +829,8 @@ async def _wait_for_the_rest(job: SourceJob) -> None:
         if left != said:
             job.note("RELEASE", "waiting", f"{left} streams that do not move finish at the source, through the tunnel")
             said = left
+        if job.gone():
+            await _keep_addresses(job)
         try:
             job.check_abort()
         except Final as e:

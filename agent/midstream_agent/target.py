@@ -12,6 +12,7 @@ gone) moves it on. A job that is only PREPARED is undone as soon as its session 
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import struct
@@ -22,7 +23,7 @@ from typing import Any
 from midstream_runtime.contract import handoff as wire
 from midstream_runtime.contract.errors import Final, MidstreamError, Retryable
 
-from midstream_agent import failpoints, peer, pods, tcp
+from midstream_agent import failpoints, peer, pods, tcp, tunnel_check
 from midstream_agent.contract import agent_pb2 as pb
 from midstream_agent.contract import logs
 from midstream_agent.handoff import HandoffClient
@@ -90,6 +91,7 @@ class TargetJob:
     async def prepare(self, req: pb.PeerPrepare) -> pb.PeerPrepared:
         if self.state not in (NEW, PREPARED):
             raise Final("job_state", f"job {self.job_id} is {self.state} here: it cannot be prepared again")
+        _check_mtu(self.node.settings.nic.mtu_bytes, req.mtu_bytes)
         await self._attach(req)
         if self.parent is not None:
             self.addresses, self.transit = self.parent.addresses, self.parent.transit
@@ -297,7 +299,8 @@ class TargetJob:
 
     async def move_address(self, req: pb.PeerMoveAddress) -> pb.PeerAddressMoved:
         """Answer for the addresses from now on, and prove that the network agrees."""
-        assert self.at is not None
+        if self.at is None:
+            raise Final("target_lost", f"the pod of job {self.job_id} has gone, and with it what had moved to it")
         if self.state not in (RESTORED, ACTIVATED):
             raise Final("job_state", f"job {self.job_id} is {self.state} here: its addresses stay where they are")
         began = time.perf_counter()
@@ -458,13 +461,39 @@ class TargetJob:
         """Forget the job: nobody will ask for it again."""
         if self.kv is not None:
             await self.kv.close()
-        if self.state == ACTIVATED and self.transit is not None and self.parent is None:
-            self._settle()
+        if self.parent is None:
+            await self._settle_addresses()
         self._close_blanks()
         if self.journal is not None:
             self.journal.remove()
             self.journal = None
         self.close()
+
+    async def _settle_addresses(self) -> None:
+        try:
+            if self.state == ACTIVATED and self.transit is not None:
+                self._settle()
+            gone = self.at is None
+        except OSError as e:
+            if e.errno not in (errno.ENODEV, errno.EINVAL):
+                raise
+            log.warning("job %s: its pod has gone before its addresses had settled", self.job_id)
+            gone = True
+        if gone:
+            await self._let_addresses_go()
+
+    async def _let_addresses_go(self) -> None:
+        """Their pod has gone, and with it its link and all that was bound to it."""
+        node = self.node
+        keys = node.flows_of(self.addresses)
+        node.hold.delete_flows(keys, len(keys) // tcp.KEY_BYTES)
+        node.hold.delete_notes(keys, len(keys) // tcp.KEY_BYTES)
+        for address in self.addresses:
+            node.hold.del_addr(address)
+            node.hold.end_births(address)
+            if node.tunnel is not None:
+                node.routes.delete(address, node.tunnel.routed_index)
+            await node.net.run(node.net.del_rules, address)
 
     def count_further(self, streams: int) -> None:
         """A further batch is over; journalled, for whoever asks when the source cannot be asked any more."""
@@ -567,6 +596,8 @@ class TargetJobs:
             log.info("job %s: restored before this agent started, held until %s decides", job.job_id, job.source_node)
 
     async def session(self, hello: pb.PeerHello) -> peer.Handler:
+        if tunnel_check.is_check(hello.job_id):
+            return tunnel_check.Answerer(self._node)
         job = self.jobs.get(hello.job_id)
         if job is None or job.state == DISCARDED:
             job = self.jobs[hello.job_id] = TargetJob(self._node, hello.job_id, hello.node, hello.boot_id)
@@ -772,6 +803,16 @@ def _check_same_software(hello: dict[str, Any], req: pb.PeerPrepare) -> None:
     if fingerprint_of(hello) != req.model_fingerprint:
         raise Final(
             "target_model", "the target pod serves another model (or other weights): choose a pod of the same workload"
+        )
+
+
+def _check_mtu(ours_bytes: int, theirs_bytes: int) -> None:
+    """Both ends of a stream have agreed on segments that fit the source's NIC."""
+    if ours_bytes < theirs_bytes:
+        raise Final(
+            "mtu_smaller",
+            f"the target's NIC has an MTU of {ours_bytes} bytes, the source's {theirs_bytes}: segments of its streams "
+            "would not fit; choose another target, or give both the same (--mtu)",
         )
 
 

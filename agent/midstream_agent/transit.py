@@ -36,6 +36,7 @@ from midstream_agent.hold_layout import (
     ADDR_SYN_PEER,
     ADDR_TUNNEL,
 )
+from midstream_agent.net import sysctl_file
 
 if TYPE_CHECKING:
     from midstream_agent.node import Attached, Node
@@ -138,7 +139,7 @@ class Transit:
 
     @property
     def _knob(self) -> Path:
-        return Path("/proc/sys/net/ipv4/conf", self.at.link.name, "rp_filter")
+        return sysctl_file(f"net/ipv4/conf/{self.at.link.name}/rp_filter")
 
     def _put(self, state: int, flags: int) -> None:
         link = self.at.link

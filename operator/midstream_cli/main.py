@@ -23,6 +23,7 @@ from google.protobuf import json_format
 from grpc import aio
 from midstream_agent.contract import agent_pb2 as pb
 from midstream_agent.contract import agent_pb2_grpc as rpc
+from midstream_agent.contract.nodes import next_to
 
 from midstream_cli.inventory import Inventory, UsageError
 
@@ -190,9 +191,10 @@ async def abort(inventory: Inventory, args: argparse.Namespace, out: Callable[[s
 async def doctor(inventory: Inventory, args: argparse.Namespace, out: Callable[[str], Any] = print) -> int:
     bad = 0
     for node in inventory.endpoints:
+        peers = [pb.NodeRef(name=n, endpoint=inventory.endpoints[n]) for n in next_to(node, inventory.endpoints)]
         try:
             async with connect(inventory, node) as channel:
-                reply = await rpc.AgentStub(channel).Doctor(pb.DoctorRequest())
+                reply = await rpc.AgentStub(channel).Doctor(pb.DoctorRequest(peers=peers))
         except aio.AioRpcError as e:
             out(f"{node}: error agent: {e.details()}; remedy: is the agent running at {inventory.endpoints[node]}?")
             bad += 1

@@ -6,13 +6,14 @@ one without the Lease has everything loaded when it takes over. kopf's own delay
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import kopf
 
 from midstream_operator.floating import FloatingIPs
 from midstream_operator.jobs import Jobs
-from midstream_operator.kube import in_cluster
+from midstream_operator.kube import in_cluster, server_address
 from midstream_operator.model import FLOATING_IPS, GROUP, JOBS, VERSION
 from midstream_operator.settings import Timeouts
 
@@ -22,8 +23,12 @@ def registry(jobs: Jobs, fips: FloatingIPs) -> kopf.OperatorRegistry:
 
     @kopf.on.login(registry=found)
     async def login(**kwargs: Any) -> kopf.ConnectionInfo | None:
-        """The same cluster as the client's: see kube.connect."""
-        return kopf.login_with_service_account(**kwargs) if in_cluster() else kopf.login_with_kubeconfig(**kwargs)
+        """The same cluster as the client's: see kube.connect. By address, as kopf's own choice of a name would make
+        the operator wait for the cluster's DNS."""
+        if not in_cluster():
+            return kopf.login_with_kubeconfig(**kwargs)
+        account = kopf.login_with_service_account(**kwargs)
+        return replace(account, server=server_address()) if account else None
 
     @kopf.on.event(GROUP, VERSION, JOBS, registry=found)
     async def job(event: Any, **_: Any) -> None:

@@ -56,6 +56,12 @@ def in_cluster() -> bool:
     return _SERVICE_ACCOUNT.exists() and not os.environ.get("KUBECONFIG")
 
 
+def server_address() -> str:
+    """The API server's, as the kubelet tells each container."""
+    host, port = os.environ["KUBERNETES_SERVICE_HOST"], os.environ["KUBERNETES_SERVICE_PORT"]
+    return f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"
+
+
 class Kube:
     def __init__(self, api: client.ApiClient) -> None:
         self._api = api

@@ -21,7 +21,7 @@ import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import kopf
 import uvloop
@@ -111,6 +111,7 @@ class Operator:
         watch = kopf.operator(
             registry=handlers.registry(self.jobs, self.fips),
             settings=handlers.settings(timeouts),
+            identity=cast("Any", settings.identity),  # or kopf asks for the user's name: a container's may have none
             standalone=True,
             clusterwide=True,
         )

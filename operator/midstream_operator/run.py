@@ -205,10 +205,6 @@ class Run:
 
     def _check_spec(self) -> None:
         self._check_stop()
-        if self.spec.kv_max_bandwidth:
-            raise Final(
-                "unsupported", "kv.maxBandwidth: the agents of this version do not limit the copy; leave it out"
-            )
         if self.spec.on_failure is OnFailure.DROP_STREAMS:
             raise Final("unsupported", "onFailure DropStreams: this version keeps the source; leave it out")
 
@@ -383,6 +379,7 @@ class Run:
             addresses=source.get("addresses") or [],
             switchover=SWITCHOVERS[spec.switchover],
             kv_mode=KV_MODES[KvMode.REPLAY if self._replay and spec.kv_mode is KvMode.AUTO else spec.kv_mode],
+            kv_bytes_per_s=spec.kv_bytes_per_s,
             deadline_unix_ms=int(spec.deadline.timestamp() * 1000) if spec.deadline else 0,
         )
 

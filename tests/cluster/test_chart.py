@@ -145,6 +145,15 @@ def test_pods_ask_for_no_more_than_they_need(plane: ControlPlane) -> None:
             assert {"requests", "limits"} <= set(container["resources"])
 
 
+def test_hooks_run_when_they_shall_and_leave_nothing(plane: ControlPlane) -> None:
+    """A comma in a flow mapping would end the value: the hook would not run at an upgrade, and stay for ever."""
+    every = [o["metadata"]["annotations"] for o in rendered(plane) if o["metadata"].get("annotations")]
+    assert all(isinstance(value, str) for annotations in every for value in annotations.values())
+    hooks = [a for a in every if "helm.sh/hook" in a]
+    assert {a["helm.sh/hook"] for a in hooks} == {"pre-install,pre-upgrade", "test"}
+    assert {a["helm.sh/hook-delete-policy"] for a in hooks} == {"before-hook-creation,hook-succeeded"}
+
+
 def test_every_alert_has_a_line_in_the_runbook_and_every_metric_exists() -> None:
     rules = yaml.safe_load((CHART / "alerts.yaml").read_text(encoding="utf-8"))["groups"][0]["rules"]
     runbook = (ROOT / "docs/runbook.md").read_text(encoding="utf-8")

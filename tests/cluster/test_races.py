@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 import pytest
 from cluster_world import MERGE, Place, World, wait_for
@@ -125,10 +124,11 @@ def test_an_eviction_a_taint_and_the_nodes_deletion_at_once_make_one_job(world: 
     world.plane.request("PATCH", path, {"metadata": {"finalizers": ["karpenter.sh/termination"]}}, MERGE)
     taints = {"spec": {"taints": [{"key": KARPENTER, "effect": "NoSchedule"}]}}
     pod = f"{place.path('pods', 'llm-0', 'v1')}?gracePeriodSeconds=120"
-    asked: list[tuple[Any, ...]] = [("PATCH", path, taints, MERGE), ("DELETE", pod), ("DELETE", path)]
+    ask = world.plane.request
+    asked = [lambda: ask("PATCH", path, taints, MERGE), lambda: ask("DELETE", pod), lambda: ask("DELETE", path)]
     try:
         with ThreadPoolExecutor(len(asked)) as pool:
-            for done in [pool.submit(lambda it: world.plane.request(*it), what) for what in asked]:
+            for done in [pool.submit(what) for what in asked]:
                 done.result()
         status = place.wait_job(place.one_job(), "Succeeded")
         assert status["target"]["podName"] == "llm-1"

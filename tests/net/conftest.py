@@ -35,6 +35,12 @@ def steer_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     yield from _world(tmp_path_factory.mktemp("steer9001"), 9001, "--batch-streams", "8", steer=True)
 
 
+@pytest.fixture(scope="session")
+def small_steer_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """The same with an MTU of 1500 on every link."""
+    yield from _world(tmp_path_factory.mktemp("steer1500"), 1500, "--batch-streams", "8", steer=True)
+
+
 @pytest.fixture
 def town(tmp_path: Path) -> Iterator[Town]:
     with Vpc.create() as vpc, Fleet(vpc, tmp_path) as fleet:

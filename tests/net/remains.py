@@ -28,6 +28,7 @@ TRANSIENT_S = 300
 """Longest timeout of a tracked connection that is ending or was never answered (tcp_timeout_unacknowledged). Steering
 leaves some: a SYN that is dropped behind the host's routing, a copy that comes after the connection's end."""
 PATIENCE_S = 20.0
+NUD_NOARP = 0x40
 Line = tuple[str, str, str]
 
 
@@ -121,11 +122,13 @@ def entries(bpffs: Path) -> dict[str, int]:
 
 
 def neighbours_of(name: str) -> Any:
-    """For Namespace.netlink: the neighbours that it knows, by device."""
+    """For Namespace.netlink: the neighbours that it has learnt, by device; not those that need no asking (multicast,
+    devices without ARP), which the kernel notes and forgets as it likes."""
 
     def read(ip: Any) -> list[Line]:
         names = {link["index"]: str(link.get("ifname")) for link in ip.get_links()}
-        return [(name, names.get(n["ifindex"], "?"), str(n.get("dst"))) for n in ip.get_neighbours()]
+        learnt = (n for n in ip.get_neighbours() if not n["state"] & NUD_NOARP)
+        return [(name, names.get(n["ifindex"], "?"), str(n.get("dst"))) for n in learnt]
 
     return read
 

@@ -295,6 +295,7 @@ class MigrateRequest(_message.Message):
     KV_MODE_FIELD_NUMBER: _builtins.int
     DEADLINE_UNIX_MS_FIELD_NUMBER: _builtins.int
     DRY_RUN_FIELD_NUMBER: _builtins.int
+    KV_BYTES_PER_S_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     epoch: _builtins.int
     switchover: Global___Switchover.ValueType
@@ -302,6 +303,8 @@ class MigrateRequest(_message.Message):
     deadline_unix_ms: _builtins.int
     """0: none"""
     dry_run: _builtins.bool
+    kv_bytes_per_s: _builtins.int
+    """the copy may take, if the agent's own limit is not lower; 0: the agent's"""
     @_builtins.property
     def pod(self) -> Global___PodRef: ...
     @_builtins.property
@@ -325,10 +328,11 @@ class MigrateRequest(_message.Message):
         kv_mode: Global___KvMode.ValueType = ...,
         deadline_unix_ms: _builtins.int = ...,
         dry_run: _builtins.bool = ...,
+        kv_bytes_per_s: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["pod", b"pod", "target_node", b"target_node", "target_pod", b"target_pod"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "deadline_unix_ms", b"deadline_unix_ms", "dry_run", b"dry_run", "epoch", b"epoch", "job_id", b"job_id", "kv_mode", b"kv_mode", "pod", b"pod", "switchover", b"switchover", "target_node", b"target_node", "target_pod", b"target_pod"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "deadline_unix_ms", b"deadline_unix_ms", "dry_run", b"dry_run", "epoch", b"epoch", "job_id", b"job_id", "kv_bytes_per_s", b"kv_bytes_per_s", "kv_mode", b"kv_mode", "pod", b"pod", "switchover", b"switchover", "target_node", b"target_node", "target_pod", b"target_pod"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -773,18 +777,24 @@ class DoctorRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     POD_FIELD_NUMBER: _builtins.int
+    PEERS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def pod(self) -> Global___PodRef:
         """optional"""
+
+    @_builtins.property
+    def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___NodeRef]:
+        """nodes to which the tunnel is tried; both ways, so one of two need be asked"""
 
     def __init__(
         self,
         *,
         pod: Global___PodRef | None = ...,
+        peers: _abc.Iterable[Global___NodeRef] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["pod", b"pod"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["pod", b"pod"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["peers", b"peers", "pod", b"pod"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -853,6 +863,7 @@ class PeerRequest(_message.Message):
     COMMIT_FIELD_NUMBER: _builtins.int
     DISCARD_FIELD_NUMBER: _builtins.int
     FINISH_FIELD_NUMBER: _builtins.int
+    PROBE_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     @_builtins.property
     def hello(self) -> Global___PeerHello: ...
@@ -868,6 +879,10 @@ class PeerRequest(_message.Message):
     def discard(self) -> Global___PeerDiscard: ...
     @_builtins.property
     def finish(self) -> Global___PeerFinish: ...
+    @_builtins.property
+    def probe(self) -> Global___PeerProbe:
+        """in a session that is no job's"""
+
     def __init__(
         self,
         *,
@@ -879,12 +894,13 @@ class PeerRequest(_message.Message):
         commit: Global___PeerCommit | None = ...,
         discard: Global___PeerDiscard | None = ...,
         finish: Global___PeerFinish | None = ...,
+        probe: Global___PeerProbe | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "commit", b"commit", "discard", b"discard", "finish", b"finish", "hello", b"hello", "move_address", b"move_address", "prepare", b"prepare", "ship", b"ship"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "commit", b"commit", "discard", b"discard", "finish", b"finish", "hello", b"hello", "move_address", b"move_address", "prepare", b"prepare", "probe", b"probe", "ship", b"ship"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "commit", b"commit", "discard", b"discard", "finish", b"finish", "hello", b"hello", "id", b"id", "move_address", b"move_address", "prepare", b"prepare", "ship", b"ship"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "commit", b"commit", "discard", b"discard", "finish", b"finish", "hello", b"hello", "id", b"id", "move_address", b"move_address", "prepare", b"prepare", "probe", b"probe", "ship", b"ship"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "prepare", "ship", "move_address", "commit", "discard", "finish"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "prepare", "ship", "move_address", "commit", "discard", "finish", "probe"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -903,6 +919,7 @@ class PeerReply(_message.Message):
     ACTIVATED_FIELD_NUMBER: _builtins.int
     DISCARDED_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
+    PROBED_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     @_builtins.property
     def error(self) -> Global___PeerError: ...
@@ -920,6 +937,8 @@ class PeerReply(_message.Message):
     def discarded(self) -> Global___PeerDiscarded: ...
     @_builtins.property
     def finished(self) -> Global___PeerFinished: ...
+    @_builtins.property
+    def probed(self) -> Global___PeerProbed: ...
     def __init__(
         self,
         *,
@@ -932,12 +951,13 @@ class PeerReply(_message.Message):
         activated: Global___PeerActivated | None = ...,
         discarded: Global___PeerDiscarded | None = ...,
         finished: Global___PeerFinished | None = ...,
+        probed: Global___PeerProbed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["activated", b"activated", "address_moved", b"address_moved", "body", b"body", "discarded", b"discarded", "error", b"error", "finished", b"finished", "hello", b"hello", "prepared", b"prepared", "restored", b"restored"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activated", b"activated", "address_moved", b"address_moved", "body", b"body", "discarded", b"discarded", "error", b"error", "finished", b"finished", "hello", b"hello", "prepared", b"prepared", "probed", b"probed", "restored", b"restored"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activated", b"activated", "address_moved", b"address_moved", "body", b"body", "discarded", b"discarded", "error", b"error", "finished", b"finished", "hello", b"hello", "id", b"id", "prepared", b"prepared", "restored", b"restored"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activated", b"activated", "address_moved", b"address_moved", "body", b"body", "discarded", b"discarded", "error", b"error", "finished", b"finished", "hello", b"hello", "id", b"id", "prepared", b"prepared", "probed", b"probed", "restored", b"restored"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["error", "hello", "prepared", "restored", "address_moved", "activated", "discarded", "finished"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["error", "hello", "prepared", "restored", "address_moved", "activated", "discarded", "finished", "probed"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -1144,6 +1164,54 @@ class PeerTunnel(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PeerTunnel: _TypeAlias = PeerTunnel  # noqa: Y015
+
+@_typing.final
+class PeerProbe(_message.Message):
+    """The doctor's: packets for `address`, which is on no wire, pass the tunnel both ways until this session ends."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    TUNNEL_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    @_builtins.property
+    def tunnel(self) -> Global___PeerTunnel: ...
+    def __init__(
+        self,
+        *,
+        address: _builtins.str = ...,
+        tunnel: Global___PeerTunnel | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["tunnel", b"tunnel"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "tunnel", b"tunnel"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PeerProbe: _TypeAlias = PeerProbe  # noqa: Y015
+
+@_typing.final
+class PeerProbed(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TUNNEL_FIELD_NUMBER: _builtins.int
+    MTU_BYTES_FIELD_NUMBER: _builtins.int
+    mtu_bytes: _builtins.int
+    @_builtins.property
+    def tunnel(self) -> Global___PeerTunnel: ...
+    def __init__(
+        self,
+        *,
+        tunnel: Global___PeerTunnel | None = ...,
+        mtu_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["tunnel", b"tunnel"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mtu_bytes", b"mtu_bytes", "tunnel", b"tunnel"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PeerProbed: _TypeAlias = PeerProbed  # noqa: Y015
 
 @_typing.final
 class PeerPrepared(_message.Message):

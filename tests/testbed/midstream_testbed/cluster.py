@@ -37,8 +37,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from midstream_testbed import kubeconfig, relay, state
 from midstream_testbed.certs import Authority, write_key
 from midstream_testbed.kubeconfig import API_PORT, KUBERNETES_SERVICE, MASTERS, Commands
-from midstream_testbed.machine import bring_up
 from midstream_testbed.namespace import Argument, Namespace, Process
+from midstream_testbed.pod_net import bring_up
 from midstream_testbed.vpc import Vpc
 
 CHECKOUT = Path(__file__).resolve().parents[3]
@@ -215,13 +215,19 @@ class ControlPlane:
     # -- what tests do
 
     def run(
-        self, tool: str, *args: Argument, input: str | None = None, check: bool = True, config: Path | None = None
+        self,
+        tool: str,
+        *args: Argument,
+        input: str | None = None,
+        check: bool = True,
+        config: Path | None = None,
+        timeout_s: float = KUBECTL_PATIENCE_S,
     ) -> subprocess.CompletedProcess[str]:
         """kubectl, or another tool of the same folder, from the machine, as the administrator or as `config` says."""
         env = {**os.environ, "KUBECONFIG": str(config or self.kubeconfig), "HOME": str(self.folder)}
         argv = [str(self.binaries / tool), *args]
         done = subprocess.run(
-            argv, env=env, input=input, capture_output=True, text=True, timeout=KUBECTL_PATIENCE_S, check=False
+            argv, env=env, input=input, capture_output=True, text=True, timeout=timeout_s, check=False
         )
         if check and done.returncode:
             said = done.stdout + done.stderr

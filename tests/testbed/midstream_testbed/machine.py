@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
-import os
 import subprocess
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyroute2.netlink.exceptions import NetlinkError  # type: ignore[import-untyped,unused-ignore]
-
-from midstream_testbed import kernel, state, strict
+from midstream_testbed import kernel, pod_net, state, strict
 from midstream_testbed.namespace import Argument, Namespace, Process
+from midstream_testbed.pod_net import IFA_F_NODAD, TABLE_MAIN, PodWire, bring_up
 
 if TYPE_CHECKING:
     from midstream_testbed.vpc import Vpc
 
-IFA_F_NODAD = 0x02
-NUD_PERMANENT = 0x80
 RTNH_F_ONLINK = 4
-TABLE_MAIN = 254
-ETH_P_ALL = 3
-INGRESS, EGRESS = "ffff:fff2", "ffff:fff3"
-POD_GATEWAY4, LINK_GATEWAY6 = "169.254.1.1", "fe80::1"
-RULE_TO_POD, RULE_CONNMARK = 512, 1024  # the VPC CNI's numbers; 513-1023 are free for others
+RULE_CONNMARK = 1024  # the VPC CNI's number
 CONNMARK = 0x80
 
 
@@ -55,22 +45,6 @@ class Eni:
     @property
     def prefix4(self) -> int:
         return int(self.subnet4.rpartition("/")[2])
-
-
-@contextlib.contextmanager
-def absent_is_fine() -> Iterator[None]:
-    """Deleting what a crash or somebody else has already deleted."""
-    try:
-        yield
-    except NetlinkError as error:
-        if error.code not in (errno.ENOENT, errno.ESRCH, errno.EADDRNOTAVAIL, errno.ENODEV):
-            raise
-
-
-def bring_up(ip: Any, ifname: str, mtu: int | None = None) -> int:
-    index = int(ip.link_lookup(ifname=ifname)[0])
-    ip.link("set", index=index, state="up", **({"mtu": mtu} if mtu else {}))
-    return index
 
 
 class Client(Namespace):
@@ -264,6 +238,7 @@ class Pod(Namespace):
         self.ipv4, self.ipv6 = host.vpc.pod_addresses(host.number, number)
         digest = hashlib.sha1(f"{host.vpc.prefix}.{host.name}.{name}".encode()).hexdigest()
         self.host_ifname = f"eni{digest[:11]}"
+        self.wire = PodWire(self.host_ifname, self.ipv4, self.ipv6, number, host.vpc.mtu)
         base = ["kubepods", f"pod{self.uid}"]
         self._sandbox_cgroups = host.vpc.cgroups(host.name, *base, "sandbox")
         super().__init__(
@@ -280,71 +255,13 @@ class Pod(Namespace):
     # -- set-up
 
     def plumb(self, ecn: int) -> None:
-        # Duplicate address detection stays on: whoever adds a floating IPv6 address must say "nodad". The
-        # pod's own link-local address is added by hand, or it would be mute for its first two seconds.
-        self.sysctl(
-            {
-                "ipv4/tcp_ecn": ecn,
-                "ipv6/conf/default/accept_ra": 0,
-                "ipv6/conf/default/addr_gen_mode": 1,
-            }
-        )
-        host_mac = self.host.netlink(self._plumb_host_side)
-        self.netlink(lambda ip: self._plumb_pod_side(ip, host_mac))
+        self.sysctl({"ipv4/tcp_ecn": ecn, **pod_net.SYSCTLS})
+        host_mac = self.host.netlink(lambda ip: pod_net.plumb_host_side(ip, self.wire, self.netns_fd))
+        self.netlink(lambda ip: pod_net.plumb_pod_side(ip, self.wire, host_mac))
         null = subprocess.DEVNULL
         pause = ["/bin/sleep", "infinity"]
         self._start(pause, self._sandbox_cgroups, None, stdin=null, stdout=null, stderr=null)
         self.mntns_fd = kernel.new_mntns(self._private_mounts)
-
-    def _plumb_host_side(self, ip: Any) -> str:
-        vpc = self.host.vpc
-        ip.link(
-            "add",
-            ifname=self.host_ifname,
-            kind="veth",
-            peer={"ifname": "eth0", "net_ns_fd": self.netns_fd},
-        )
-        index = bring_up(ip, self.host_ifname, vpc.mtu)
-        for address, bits, family in ((self.ipv4, 32, 2), (self.ipv6, 128, 10)):
-            ip.route(
-                "add", dst=f"{address}/{bits}", oif=index, family=family, scope=253 if family == 2 else 0
-            )
-            ip.rule("add", dst=address, dst_len=bits, table=TABLE_MAIN, priority=RULE_TO_POD, family=family)
-        self._attach_foreign_filter(ip, index)
-        return str(ip.get_links(index)[0].get("address"))
-
-    def _attach_foreign_filter(self, ip: Any, index: int) -> None:
-        """The CNI's policy agent owns clsact, prio 1, handle 1 of every host-side veth."""
-        program = kernel.load_pass_program()
-        try:
-            ip.tc("add", "clsact", index)
-            for parent in (INGRESS, EGRESS):
-                ip.tc(
-                    "add-filter",
-                    "bpf",
-                    index,
-                    handle=1,
-                    fd=program,
-                    name="foreign_pass",
-                    parent=parent,
-                    prio=1,
-                    protocol=ETH_P_ALL,
-                    direct_action=True,
-                )
-        finally:
-            os.close(program)
-
-    def _plumb_pod_side(self, ip: Any, host_mac: str) -> None:
-        bring_up(ip, "lo")
-        index = bring_up(ip, "eth0", self.host.vpc.mtu)
-        ip.addr("add", index=index, address=self.ipv4, prefixlen=32)
-        ip.addr("add", index=index, address=self.ipv6, prefixlen=128, flags=IFA_F_NODAD)
-        ip.addr("add", index=index, address=f"fe80::{self.number + 1:x}", prefixlen=64, flags=IFA_F_NODAD)
-        ip.route("add", dst=f"{POD_GATEWAY4}/32", oif=index, scope=253)
-        ip.route("add", dst="default", gateway=POD_GATEWAY4, oif=index)
-        ip.route("add", dst="default", gateway=LINK_GATEWAY6, oif=index, family=10)
-        for gateway in (POD_GATEWAY4, LINK_GATEWAY6):
-            ip.neigh("add", dst=gateway, lladdr=host_mac, ifindex=index, state=NUD_PERMANENT)
 
     @staticmethod
     def _private_mounts() -> None:
@@ -382,11 +299,4 @@ class Pod(Namespace):
                 folder.rmdir()
         self.host.pods.pop(self.name, None)
         if not self.host.deleted:
-            self.host.netlink(self._unplumb)
-
-    def _unplumb(self, ip: Any) -> None:
-        for index in ip.link_lookup(ifname=self.host_ifname):
-            ip.link("del", index=index)
-        for address, bits, family in ((self.ipv4, 32, 2), (self.ipv6, 128, 10)):
-            with absent_is_fine():
-                ip.rule("del", dst=address, dst_len=bits, priority=RULE_TO_POD, family=family)
+            self.host.netlink(lambda ip: pod_net.unplumb(ip, self.wire))

@@ -12,7 +12,8 @@ import socket
 import struct
 from typing import Any
 
-from midstream_testbed.machine import IFA_F_NODAD, TABLE_MAIN, Eni, Host, Pod, absent_is_fine, eni_table
+from midstream_testbed.machine import Eni, Host, Pod, eni_table
+from midstream_testbed.pod_net import IFA_F_NODAD, TABLE_MAIN, absent_is_fine
 
 RULE_TO_FLOATING, RULE_FROM_FLOATING = 513, 600
 

@@ -22,6 +22,7 @@ from midstream_testbed import kernel
 ROOT = Path("/run/midstream-testbed")
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 BPFFS = Path("/sys/fs/bpf")
+DISK = Path("/var/tmp/midstream-testbed")
 KILL_PATIENCE_S = 10.0
 
 
@@ -69,6 +70,18 @@ def cgroup_bases(controllers: tuple[str, ...]) -> list[Path]:
     if (CGROUP_ROOT / "cgroup.controllers").exists():
         return [CGROUP_ROOT]
     return [CGROUP_ROOT / name for name in controllers if (CGROUP_ROOT / name).is_dir()]
+
+
+def all_cgroup_bases() -> list[Path]:
+    """The same for a kubelet, which has its folders in every controller that is mounted."""
+    if (CGROUP_ROOT / "cgroup.controllers").exists():
+        return [CGROUP_ROOT]
+    return [folder for folder in CGROUP_ROOT.iterdir() if (folder / "cgroup.clone_children").exists()]
+
+
+def disk(prefix: str) -> Path:
+    """Where a testbed keeps gigabytes: container images. /run is memory on many machines."""
+    return DISK / prefix
 
 
 def cgroup_trees(prefix: str) -> list[Path]:
@@ -148,6 +161,7 @@ def sweep(prefix: str) -> None:
         remove_tree(tree)
     for pins in BPFFS.glob(f"{prefix}-*"):  # programs and maps that agents pinned
         _unpin(pins)
+    shutil.rmtree(disk(prefix), ignore_errors=True)
     shutil.rmtree(ROOT / prefix, ignore_errors=True)
 
 

@@ -25,17 +25,9 @@ from typing import Any
 
 from midstream_testbed import fabricd, state, strict
 from midstream_testbed.fabric import Fabric
-from midstream_testbed.machine import (
-    IFA_F_NODAD,
-    LINK_GATEWAY6,
-    NUD_PERMANENT,
-    RTNH_F_ONLINK,
-    Client,
-    Eni,
-    Host,
-    bring_up,
-)
+from midstream_testbed.machine import RTNH_F_ONLINK, Client, Eni, Host
 from midstream_testbed.namespace import Namespace, Process
+from midstream_testbed.pod_net import IFA_F_NODAD, LINK_GATEWAY6, NUD_PERMANENT, bring_up
 
 SUBNET4, SUBNET6 = "10.77.0.0/16", "fd77::/64"
 INSIDE = (SUBNET4, SUBNET6)
