@@ -91,7 +91,7 @@ test-vllm: setup-test build ## With a stock vLLM on the CPU (6 GB, the first tim
 test-gpu: $(if $(GPU_PYTHON),,setup-test) ## KV between GPU and pool; GPU_PYTHON=python3: one with torch, transformers, pytest
 	$(if $(GPU_PYTHON),PYTHONPATH=runtime $(GPU_PYTHON) -m pytest $(GPU_PYTEST),$(PYTEST)) tests/gpu
 
-bench: setup-test build ## All benchmarks; figures beside their goals, JSON under build/bench
+bench: setup-test build kube ## All benchmarks; figures beside their goals, JSON under build/bench
 	@scripts/setup.sh inspect
 	@scripts/parts.sh bench
 

@@ -21,6 +21,7 @@ from midstream_agent.steps import BATCH_STEPS, STEPS
 from midstream_agent.transit import Transit
 
 log = logging.getLogger(__name__)
+MOVE_ADDRESS = "MOVE_ADDRESS"
 _JOB_ID = re.compile(r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$")
 ENDED = frozenset({pb.PHASE_SUCCEEDED, pb.PHASE_ROLLED_BACK, pb.PHASE_FAILED, pb.PHASE_ABORTED})
 
@@ -35,9 +36,10 @@ class Record:
     job: SourceJob | None = None
 
     def add(self, event: pb.MigrateEvent) -> None:
-        """Keep an event; whoever follows hears of it at once, unless clients wait: then right after."""
+        """Keep an event; whoever follows hears of it at once, unless clients wait: then right after. That an address is
+        to move is heard at once all the same: clients wait for the operator, who asks the cloud for it."""
         self.events.append(event)
-        if self.job is None or not self.job.clients_wait:
+        if self.job is None or not self.job.clients_wait or event.step == MOVE_ADDRESS:
             self.news.set()
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from midstream_agent.contract.nodes import next_to
@@ -12,12 +13,28 @@ from midstream_operator.context import Context
 from midstream_operator.errors import OperatorError
 from midstream_operator.floating import FloatingIPs
 from midstream_operator.model import Json
+from midstream_operator.providers import ec2_permissions
+from midstream_operator.providers.ec2 import Ec2Provider
+from midstream_operator.providers.ec2_inventory import instance_id
+from midstream_operator.providers.ec2_permissions import ALLOWED, DENIED, UNKNOWN, Permission
+from midstream_operator.settings import Pool
 
 _KEPT_S = 5.0  # one report serves everybody who asks meanwhile
 
 
 def finding(node: str, check: str, severity: str, message: str, remedy: str = "") -> Json:
     return {"node": node, "check": check, "severity": severity, "message": message, "remedy": remedy}
+
+
+def _judged(name: str, found: Sequence[Permission]) -> list[Json]:
+    """Each denied action by itself; the others are counted, and those that cannot be asked about are named."""
+    remedy = "allow it in the policy of the operator's role: docs/iam.md"
+    denied = [p for p in found if p.answer == DENIED]
+    told = [finding("", name, "error", f"{p.action} ({p.needed_for}): {p.message}", remedy) for p in denied]
+    allowed = sum(p.answer == ALLOWED for p in found)
+    open_ = sorted(p.action for p in found if p.answer == UNKNOWN)
+    rest = f"; not known before they are used: {', '.join(open_)}" if open_ else ""
+    return [*told, finding("", name, "ok", f"{allowed} of {len(found)} actions are allowed{rest}")]
 
 
 @dataclass(slots=True)
@@ -37,7 +54,9 @@ class Doctor:
         nodes = sorted({a.node for a in self.ctx.view.agent_pods.values()})
         told = await asyncio.gather(*(self._agent(n, next_to(n, nodes)) for n in nodes))
         pools = await asyncio.gather(*(self._pool(p.name) for p in self.ctx.settings.pools))
-        return [*self._agents(), *pools, *self._pods(), *self._addresses(), *(f for found in told for f in found)]
+        rights = await asyncio.gather(*(self._rights(p) for p in self.ctx.settings.pools if p.provider == "ec2"))
+        each = [f for found in (*rights, *told) for f in found]
+        return [*self._agents(), *pools, *self._pods(), *self._addresses(), *each]
 
     async def _agent(self, node: str, others: list[str]) -> list[Json]:
         try:
@@ -65,6 +84,19 @@ class Doctor:
         except OperatorError as e:
             return finding("", f"pool {name}", "error", e.message, "see docs/errors.md")
         return finding("", f"pool {name}", "ok", f"{pool.provider}, {', '.join(pool.cidrs)}")
+
+    async def _rights(self, pool: Pool) -> list[Json]:
+        """What the operator's IAM role allows, by dry run with the pool's subnet and one of its zone's nodes."""
+        provider, name = self.ctx.providers.get("ec2"), f"iam {pool.name}"
+        nodes = [n for n in self.ctx.view.nodes.values() if n.provider_id and pool.zone in ("", n.zone)]
+        if not isinstance(provider, Ec2Provider) or not nodes:
+            return [finding("", name, "warning", "rights on EC2 were not asked: no node of the pool's zone", "")]
+        try:
+            instance = instance_id(min(nodes, key=lambda n: n.name).provider_id)
+            found = await ec2_permissions.examine(provider.calls, provider.inventory, pool.subnet, instance)
+        except OperatorError as e:
+            return [finding("", name, "error", e.message, "see docs/errors.md")]
+        return _judged(name, found)
 
     def _pods(self) -> list[Json]:
         """Enabled pods that no floating address leads to: their clients are on addresses that cannot move."""

@@ -55,6 +55,7 @@ SWITCHOVERS = {
     Switchover.WAIT: pb.SWITCHOVER_WAIT,
     Switchover.STEER: pb.SWITCHOVER_STEER,
 }
+_MOVE_ADDRESS = "MOVE_ADDRESS"  # a step of Wait alone: the agents go on when packets take the new path
 _AFTER_LAST_BATCH = ("FOLLOW", "RELEASE")  # steps of the agents' saga
 _OURS = ("tls_files", "not_operator")  # this side's own trouble, which says nothing about the job
 KV_MODES = {KvMode.AUTO: pb.KV_MODE_AUTO, KvMode.COPY: pb.KV_MODE_COPY, KvMode.REPLAY: pb.KV_MODE_REPLAY}
@@ -76,7 +77,9 @@ class Run:
     leaving: str = ""  # the source's node, as soon as it is known
     news: asyncio.Event = field(default_factory=asyncio.Event)
     deleted: bool = False
-    _committed: asyncio.Event = field(default_factory=asyncio.Event)
+    _asking: asyncio.Event = field(default_factory=asyncio.Event)  # where the addresses shall be has changed
+    _at_target: bool = False  # where that is
+    _left: bool = False  # they were to leave the source at some time
     _dirty: asyncio.Event = field(default_factory=asyncio.Event)
     _phase_changed: asyncio.Event = field(default_factory=asyncio.Event)
     _write_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -89,7 +92,7 @@ class Run:
         self.draft = Draft(self.obj, self.ctx.settings.limits.message_chars)
         self.leaving = self.source_node
         if self.draft.phase is Phase.COMMITTING:
-            self._committed.set()
+            self._shall_be(at_target=True)
 
     # -- what it is --------------------------------------------------------------------------------------
 
@@ -382,6 +385,8 @@ class Run:
 
     def _happened(self, event: pb.MigrateEvent) -> None:
         before = self.draft.phase
+        if event.step == _MOVE_ADDRESS and event.what in ("begin", "undo"):
+            self._shall_be(at_target=event.what == "begin")
         self._all_moved = self._all_moved or event.step in _AFTER_LAST_BATCH
         if self.draft.step(event, now()):
             self._phase_changed.set()
@@ -396,7 +401,7 @@ class Run:
             self._note("Switching", f"streams change from {self.source_node} to {self.target_node}")
         elif phase is Phase.COMMITTING:
             self._note("Committed", f"{self.target_node} owns the streams: no way back from here")
-            self._committed.set()
+            self._shall_be(at_target=True)
 
     async def _lost_report(self) -> pb.JobReport | None:
         """An agent forgets ended jobs when it restarts. Asking it to migrate would begin the job anew; so when it was
@@ -475,6 +480,9 @@ class Run:
             if self.draft.enter(Phase.COMMITTING, now()):
                 self._note("Committed", f"{self.target_node} owns the streams: no way back from here")
             await self._follow_by_network()
+        elif self._left:  # the agents may be back before the network was asked
+            self._at_target = False
+            await self._ask_until_answered()
         await self._end(PHASES[report.phase], report.reason, report.message)
 
     async def _follow_by_network(self) -> None:
@@ -499,20 +507,36 @@ class Run:
         objects = self.jobs.fips.objects
         return [uid for uid, o in objects.items() if (o.get("status") or {}).get("address") in wanted]
 
+    def _shall_be(self, *, at_target: bool) -> None:
+        self._at_target = at_target
+        self._left = self._left or at_target
+        self._asking.set()
+
     async def _ask_network(self) -> None:
-        """Right after COMMIT, while the agents still work: a cloud takes seconds to move an address, and the source's
-        agent ends only when it has seen packets take the new path."""
-        await self._committed.wait()
+        """While the agents still work: a cloud takes seconds to move an address, and they only see it move. With Steer
+        it is asked right after COMMIT; with Wait before it, and asked back when the agents go back."""
+        while True:
+            await self._asking.wait()
+            self._asking.clear()
+            await self._ask_until_answered()
+
+    async def _ask_until_answered(self) -> None:
         pause_s = self.ctx.settings.timeouts.retry_s
         while True:
             try:
-                await self.jobs.fips.ask(self._fips(), self._target_pod())
+                await self.jobs.fips.ask(self._fips(), self._target_pod() if self._at_target else self._source_pod())
                 return
             except OperatorError as e:
-                self.draft.say(f"the streams are at {self.target_node}; the address cannot be asked for yet: {e}")
+                where = self.target_node if self._at_target else self.source_node
+                self.draft.say(f"the addresses cannot be asked for at {where} yet: {e}")
                 self._dirty.set()
                 await asyncio.sleep(pause_s)
                 pause_s = min(pause_s * 2, self.ctx.settings.timeouts.retry_max_s)
+
+    def _source_pod(self) -> Pod:
+        uid, node = self.source_uid, self.source_node
+        gone = Pod(self.namespace, self.spec.pod, uid, node, {}, False, None, False, "", "")
+        return self.ctx.view.pods.get(uid, gone)
 
     def _target_pod(self) -> Pod:
         """From the view, or from the status when the pod has just gone."""

@@ -260,7 +260,7 @@ class SimulatedAgent(rpc.AgentServicer):
             phase=pb.PHASE_PENDING,
             source_node=self.node,
             target_node=request.target_node.name,
-            switchover="Wait",
+            switchover="Wait" if request.switchover == pb.SWITCHOVER_WAIT else "Steer",
         )
         record = self.records[request.job_id] = Record(request, report)
         self._spawn(self._run(record))
@@ -276,6 +276,8 @@ class SimulatedAgent(rpc.AgentServicer):
             if i < COMMIT and (record.abort or self._too_late(record)):
                 self._back(record, "aborted" if record.abort else "deadline_passed", step)
                 return
+            if step == "MOVE_ADDRESS" and record.request.switchover != pb.SWITCHOVER_WAIT:
+                continue  # the address follows after COMMIT
             record.report.phase = phase
             record.add(step, "begin")
             why = await self._at(record, step, i)
@@ -319,6 +321,8 @@ class SimulatedAgent(rpc.AgentServicer):
 
     def _back(self, record: Record, code: str, step: str) -> None:
         report = record.report
+        if step == "MOVE_ADDRESS":
+            record.add(step, "undo")
         refused = step in ("CONNECT", "PREPARE")
         report.phase = pb.PHASE_ABORTED if code == "aborted" else pb.PHASE_FAILED if refused else pb.PHASE_ROLLED_BACK
         report.reason, report.message = code, f"{step}: {code}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -31,14 +32,14 @@ class Cloud:
         return self.nodes[attachment.instance] if attachment else ""
 
 
-@pytest.fixture
-def cloud(world: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
-    for name, value in (("ACCESS_KEY_ID", "AKIATEST"), ("SECRET_ACCESS_KEY", "secret"), ("DEFAULT_REGION", "eu-1")):
-        monkeypatch.setenv(f"AWS_{name}", value)
+@pytest.fixture(scope="module")
+def cloud(world: World) -> Iterator[Cloud]:
     before = copy.deepcopy(world.operators.config)
     ec2 = in_memory()
     cloud = Cloud(ec2, world)
-    with Ec2Server(ec2) as server:
+    with pytest.MonkeyPatch.context() as patch, Ec2Server(ec2) as server:
+        for name, value in (("ACCESS_KEY_ID", "AKIATEST"), ("SECRET_ACCESS_KEY", "secret"), ("DEFAULT_REGION", "eu-1")):
+            patch.setenv(f"AWS_{name}", value)
         world.operators.stop_all()
         world.operators.config["pools"].append(cloud.pool)
         world.operators.config["aws"] = {"ec2": {"cluster": "test", "endpoint": server.url, "region": "eu-west-1"}}
@@ -53,7 +54,7 @@ def test_ec2_is_asked_when_the_job_has_committed_and_not_before(cloud: Cloud, wo
     address = place.add_fip(pool="cloud", provider="ec2")["status"]["address"]
     place.add_pod("llm-1", "ec2-b")
     assert cloud.owner(address) == "ec2-a"
-    with world.agents.stopped_at("MOVE_ADDRESS"):
+    with world.agents.stopped_at("SEND"):
         job = place.add_job()
         place.wait_job(job, "Switching")
         assert cloud.owner(address) == "ec2-a"
@@ -63,3 +64,49 @@ def test_ec2_is_asked_when_the_job_has_committed_and_not_before(cloud: Cloud, wo
         assert place.status(job)["phase"] == "Committing"
     place.wait_job(job, "Succeeded")
     assert place.wait_fip("llm", "True")["status"]["node"] == "ec2-b"
+
+
+def test_with_wait_ec2_is_asked_before_the_commit(cloud: Cloud, world: World, place: Place) -> None:
+    """The agents commit when packets take the new path, and nobody else can have them do so."""
+    place.add_pod("llm-0", "ec2-a")
+    address = place.add_fip(pool="cloud", provider="ec2")["status"]["address"]
+    place.add_pod("llm-1", "ec2-b")
+    with world.agents.stopped_at("MOVE_ADDRESS"):
+        job = place.add_job(switchover="Wait")
+        wait_for("the address at the target", lambda: cloud.owner(address) == "ec2-b")
+        assert place.status(job)["phase"] == "Switching"
+    place.wait_job(job, "Succeeded")
+
+
+def test_an_address_that_did_not_arrive_is_asked_back(cloud: Cloud, world: World, place: Place) -> None:
+    """EC2 said yes, the agents saw no packet in time and went back: the address must not stay at the target."""
+    place.add_pod("llm-0", "ec2-a")
+    address = place.add_fip(pool="cloud", provider="ec2")["status"]["address"]
+    place.add_pod("llm-1", "ec2-b")
+    with world.agents.stopped_at("MOVE_ADDRESS"):
+        job = place.add_job(switchover="Wait")
+        wait_for("the address at the target", lambda: cloud.owner(address) == "ec2-b")
+        world.agents.do("fail-at", steps=[["MOVE_ADDRESS", "address_not_moved"]])
+    place.wait_job(job, "RolledBack")
+    world.agents.do("fail-at", steps=[])
+    assert cloud.owner(address) == "ec2-a"
+    assert place.wait_fip("llm", "True")["status"]["node"] == "ec2-a"
+
+
+def doctor(world: World) -> list[dict[str, str]]:
+    (name,) = world.operators.running
+    found: list[dict[str, str]] = json.loads(world.operators.fetch(name, "/doctor"))["findings"]
+    return [f for f in found if f["check"] == "iam cloud"]
+
+
+def test_the_doctor_asks_ec2_what_the_role_allows(cloud: Cloud, world: World, place: Place) -> None:
+    (found,) = wait_for("the doctor", lambda: doctor(world))
+    assert found["severity"] == "ok" and "actions are allowed" in found["message"]
+    cloud.ec2.denied.add("AttachNetworkInterface")
+    cloud.ec2.denied.add("DescribeInstances")
+    try:
+        denied = wait_for("the denials", lambda: [f for f in doctor(world) if f["severity"] == "error"], 15)
+    finally:
+        cloud.ec2.denied.clear()
+    assert any(f["message"].startswith("ec2:DescribeInstances (nodes, and the proof") for f in denied), denied
+    assert all("docs/iam.md" in f["remedy"] for f in denied)

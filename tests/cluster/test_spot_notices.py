@@ -29,7 +29,7 @@ def demo(folder: Path, *options: str, timeout_s: float = 540) -> tuple[int, Json
     return done.returncode, json.loads(out.read_text(encoding="utf-8")), said
 
 
-def assert_moved_in_time(result: Json, said: str, seconds: float) -> Json:
+def assert_moved_in_time(result: Json, said: str, seconds: float, switchover: str = "Steer") -> Json:
     """Nothing lost, one job, and the source had let go while its instance lived; what demo.json says of the notice."""
     assert (result["tokens_lost"], result["tokens_doubled"], result["identical_to_unmigrated"]) == (0, 0, True), said
     assert (result["rst_seen"], result["fin_unexpected"], result["packets_missed_by_capture"]) == (0, 0, 0), said
@@ -39,7 +39,7 @@ def assert_moved_in_time(result: Json, said: str, seconds: float) -> Json:
     assert 0 < notice["left_at_release_s"] < seconds and notice["notice_to_pause_ms"] > 0, said
     assert notice["terminated_late_s"] >= 0, "the instance must not outlive its notice, nor be killed before"
     assert notice["address_at"] == "node-b" and notice["address_moved_s"] >= 3, "EC2's yes takes effect 3 s later"
-    assert result["switchover"] == "Steer" and result["target_prefill_tokens"] == 0, said
+    assert result["switchover"] == switchover and result["target_prefill_tokens"] == 0, said
     return notice
 
 
@@ -60,11 +60,20 @@ def test_the_queue_alone_is_enough(tmp_path: Path) -> None:
 
 
 def test_a_hundred_streams_and_both_sources_make_one_job(tmp_path: Path) -> None:
-    status, result, said = demo(tmp_path, "--source", "both", "--streams", "100", "--notice-seconds", "40",
-                                "--pace-ms", "60")  # fmt: skip
+    status, result, said = demo(tmp_path, "--source", "both", "--streams", "100", "--notice-seconds", "30",
+                                "--pace-ms", "200", "--tokens", "320")  # fmt: skip
     assert status == 0, said
-    assert_moved_in_time(result, said, 40)
+    assert_moved_in_time(result, said, 30)
     assert result["migrated_streams"] == 101, said
+
+
+def test_without_a_tunnel_ec2_moves_the_address_before_the_commit(tmp_path: Path) -> None:
+    status, result, said = demo(tmp_path, "--switchover", "wait", "--notice-seconds", "30")
+    assert status == 0, said
+    assert_moved_in_time(result, said, 30, "Wait")
+    steps = {step["name"]: step["tookMs"] for step in result["steps"]}
+    assert steps["MOVE_ADDRESS"] + steps["SEND"] > 2000 and "FOLLOW" not in steps, "clients wait for EC2's 3 s"
+    assert result["stall_ms"]["max"] > 2000, said
 
 
 def test_an_agent_that_asks_no_metadata_loses_them(tmp_path: Path) -> None:

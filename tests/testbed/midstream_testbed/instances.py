@@ -49,8 +49,8 @@ class Interruption:
 class Instances:
     """A context manager. `pool`: addresses that the subnet keeps for Midstream (a reservation of type explicit)."""
 
-    def __init__(self, vpc: Vpc, pool: str) -> None:
-        self.vpc = vpc
+    def __init__(self, vpc: Vpc, pool: str, kind: str = KIND) -> None:
+        self.vpc, self.kind = vpc, kind
         vpc.fabric.deaf = True
         self.pool = ipaddress.ip_network(pool)
         self.network = FabricNetwork(vpc)
@@ -77,7 +77,7 @@ class Instances:
         """Run the host as an instance, with metadata that it alone can ask; the instance's id."""
         instance = f"i-{host.number + 1:017x}"
         self.network.hosts[instance] = host
-        self.ec2.account.add_instance(self.subnet, KIND, primary=host.ipv4, id=instance)
+        self.ec2.account.add_instance(self.subnet, self.kind, primary=host.ipv4, id=instance)
         metadata = self.metadata[host.name] = Metadata(instance, addresses=lambda: self._addresses(instance))
         server = self._servers[host.name] = contextlib.ExitStack()
         self._ends.callback(server.close)

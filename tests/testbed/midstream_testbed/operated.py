@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 from midstream_testbed.certs import OPERATOR
 from midstream_testbed.cluster import CHECKOUT, ControlPlane
 from midstream_testbed.fleet import Fleet, wait_for_line
-from midstream_testbed.instances import IMDS, REGION, ZONE, Instances
+from midstream_testbed.instances import IMDS, KIND, REGION, ZONE, Instances
 from midstream_testbed.machine import Host, Pod
 from midstream_testbed.namespace import Process
 
@@ -46,14 +46,14 @@ T = TypeVar("T")
 class Operated:
     """Owner of the control plane and the operator beside a Fleet. A context manager.
 
-    `pool`: the floating IPs' range. `settings` goes over the operator's configuration, which has the product's own
-    timeouts.
+    `pool`: the floating IPs' range. `kind`: the instances' type. `settings` goes over the operator's configuration,
+    which has the product's own timeouts.
     """
 
-    def __init__(self, fleet: Fleet, pool: str, *, settings: Json | None = None) -> None:
+    def __init__(self, fleet: Fleet, pool: str, *, settings: Json | None = None, kind: str = KIND) -> None:
         self.fleet, self.vpc = fleet, fleet.vpc
         self.settings = settings or {}
-        self.instances = Instances(self.vpc, pool)
+        self.instances = Instances(self.vpc, pool, kind)
         self.plane = ControlPlane(self.vpc)
         self.hosts: dict[str, Host] = {}
         self.operator: Process | None = None
@@ -153,7 +153,7 @@ class Operated:
 
     def add_serving_pod(self, name: str, host: Host, *options: str, **env: str) -> Pod:
         """Gateway and built-in engine under a Pod object that is Ready when the gateway is."""
-        labels = {"app": "llm", "midstream.dev/enabled": "true"}
+        labels = {"app": "llm", "pod": name, "midstream.dev/enabled": "true"}
         uid = self._add_pod(SERVING, name, host, labels)
         pod = self.fleet.start_gateway(host, name, *options, uid=uid, **env)
         wait_for_line(self.fleet.pods[name].process, r"^ready\b", 60)
@@ -181,6 +181,14 @@ class Operated:
     def _status(self, path: str, name: str, status: Json) -> None:
         self.plane.request("PATCH", f"{path}/{name}/status", {"status": status}, MERGE)
 
+    def terminate(self, host: Host) -> None:
+        """The instance ends, and what the cloud's controller does when it has seen that: its Node and pods go."""
+        self.instances.terminate(host)
+        for pods in (_pods(OURS), _pods(SERVING)):
+            for pod in self.plane.request("GET", f"{pods}?fieldSelector=spec.nodeName={host.name}")["items"]:
+                self.plane.request("DELETE", f"{pods}/{pod['metadata']['name']}?gracePeriodSeconds=0")
+        self.plane.request("DELETE", f"/api/v1/nodes/{host.name}")
+
     # -- what kubelets do
 
     def _report(self) -> None:
@@ -201,9 +209,10 @@ class Operated:
 
     # -- floating IPs and jobs
 
-    def add_floating_ip(self, name: str = "llm") -> str:
-        """Made, and waited for: the operator has EC2 assign the address and the agent bring it to a pod."""
-        spec = {"pool": POOL, "provider": "ec2", "podSelector": {"matchLabels": {"app": "llm"}}}
+    def add_floating_ip(self, name: str = "llm", **labels: str) -> str:
+        """Made, and waited for: the operator has EC2 assign the address and the agent bring it to a pod with these
+        labels, or to any serving pod."""
+        spec = {"pool": POOL, "provider": "ec2", "podSelector": {"matchLabels": labels or {"app": "llm"}}}
         self._create(_ours("floatingips"), "FloatingIP", {"name": name}, spec, "midstream.dev/v1alpha1")
         status = wait_until(f"FloatingIP {name} is Ready", lambda: self._fip_if_ready(name), 60, self.operator_log)
         return str(status["address"])

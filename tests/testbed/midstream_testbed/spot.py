@@ -180,7 +180,7 @@ def job_began(log: str, job: str) -> float:
 def main(argv: list[str] | None = None) -> int:
     args = _arguments(argv)
     demo = SpotDemo(args.streams, args.tokens, args.pace_ms, args.move_seconds, notice_s=args.notice_seconds,
-                    source=args.source, deaf=args.deaf)  # fmt: skip
+                    source=args.source, deaf=args.deaf, steer=args.switchover == "steer")  # fmt: skip
     return perform(demo, args.json)
 
 
@@ -191,6 +191,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--notice-seconds", type=float, default=float(env.get("DEMO_NOTICE_SECONDS") or 30),
                         help="from the notice to the end of the instance; EC2 gives 120")  # fmt: skip
     parser.add_argument("--source", choices=SOURCES, default=env.get("DEMO_NOTICE_SOURCE") or "imds")
+    parser.add_argument("--switchover", choices=("steer", "wait"), default=env.get("DEMO_SWITCHOVER") or "steer")
     parser.add_argument("--deaf", action="store_true", help="the control: agents that ask no metadata; must fail")
     parser.add_argument("--tokens", type=int, help="of each answer; default: the source ends in mid-answer")
     parser.add_argument("--pace-ms", type=float, default=0.0, help="between two tokens; default: the notice's seconds")
