@@ -11,6 +11,14 @@ PYTEST = $(DEV) -m pytest --junitxml=build/junit/$@.xml
 
 SETUP_DEMO := run build bpf net
 SETUP_TEST := dev build bpf net
+DEMO := $(RUN) -m midstream_testbed.demo
+ifdef NOTICE
+$(if $(filter-out spot,$(NOTICE)),$(error NOTICE=$(NOTICE): there is NOTICE=spot))
+# with the operator, a control plane and SQS: what tests need, the Kubernetes binaries too
+SETUP_DEMO := $(SETUP_TEST)
+DEMO := $(DEV) -m midstream_testbed.spot
+demo: kube
+endif
 PRODUCT := operator/midstream_cli operator/midstream_operator agent/midstream_agent runtime/midstream_runtime tests/testbed/midstream_testbed
 TEST_FOLDERS := unit unit/engine unit/gateway unit/handoff unit/kv unit/vllm unit/operator unit/spot contract bpf csrc net cluster e2e vllm bench
 C_FILES := csrc/src/*.[ch] csrc/include/*.h csrc/fuzz/*.c bpf/*.[ch] tests/bench/*.c
@@ -23,10 +31,11 @@ help: ## What there is
 	@echo
 	@echo "  make demo STREAMS=200          with 200 clients"
 	@echo "  make demo DEMO_MOVE_SECONDS=3  with a cloud that takes 3 s to move the address"
+	@echo "  make demo NOTICE=spot          EC2 takes the source back and nobody calls; builds Kubernetes once"
 	@echo "  make test LONG=1               with the long matrices (hours)"
 
 demo: setup-demo build ## A live stream changes nodes; report on the screen and in build/demo.json
-	@$(RUN) -m midstream_testbed.demo
+	@$(DEMO)
 
 build: ## The C library, under build/csrc
 	@scripts/setup.sh build

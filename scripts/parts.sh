@@ -5,8 +5,8 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 
 declare -A limit_s=(
-  [test-unit]=1200 [test-contract]=300 [test-csrc]=1200 [test-bpf]=900 [test-net]=2400 [test-e2e]=1500
-  [test-cluster]=900 [test-vllm]=1200
+  [test-unit]=1200 [test-contract]=300 [test-csrc]=1200 [test-bpf]=900 [test-net]=2700 [test-e2e]=1500
+  [test-cluster]=1800 [test-vllm]=1200
 )
 case ${1:-} in
   test) parts=(test-unit test-contract test-csrc test-bpf test-net test-e2e test-cluster test-vllm) ;;

@@ -46,6 +46,7 @@ async def move_rest(job: SourceJob) -> None:
         for end in ends:
             if isinstance(end, BaseException):
                 raise end
+    await source.end_copy(job)
     counts = job.report.streams
     counts.total = max(counts.total, counts.migrated + counts.rolled_back + counts.lost + counts.unmovable)
 
@@ -90,7 +91,7 @@ def child(job: SourceJob, request: pb.MigrateRequest, journal: Journal) -> Sourc
 
     batch = SourceJob(job.node, request, journal, notify, clock=job.clock.fork(), parent=job)
     batch.report.phase = pb.PHASE_COMMITTING
-    batch.at, batch.hello, batch.pool = job.at, dict(job.hello), job.pool
+    batch.at, batch.hello, batch.pool, batch.copy = job.at, dict(job.hello), job.pool, job.copy
     batch.addresses, batch.transit, batch.excluded = job.addresses, job.transit, job.excluded
     batch.target_addresses = job.target_addresses
     return batch
@@ -152,6 +153,8 @@ async def open_batch(batch: SourceJob) -> None:
     timeouts = batch.node.settings.timeouts
     pause_s = timeouts.retry_s
     while True:
+        if batch.gone() or (batch.peer is not None and batch.peer.rebooted):
+            raise Final("target_lost", f"{batch.request.target_node.name} is gone: these streams stay at the source")
         try:
             return await _open(batch)
         except Retryable as e:
@@ -178,6 +181,8 @@ async def _open(batch: SourceJob) -> None:
         await batch.peer.rename(batch.request.job_id)
     batch.peer.was_boot_id = batch.parent.peer.was_boot_id
     await source.ask_prepare(batch, batch.listed)
+    if batch.copy is not None:
+        await batch.copy.catch_up(batch.addresses)
 
 
 def session_for(batch: SourceJob) -> PeerSession:
@@ -209,8 +214,6 @@ def add_report(job: SourceJob, batch: SourceJob, outcome: str, cause: MidstreamE
         return
     report.hold_ms = max(report.hold_ms, part.hold_ms)
     report.checkpoint_bytes += part.checkpoint_bytes
-    report.kv.bytes_sent += part.kv.bytes_sent
-    report.kv.bytes_total += part.kv.bytes_total
     report.streams.migrated += part.streams.migrated
     report.streams.lost += part.streams.lost
     report.streams.unmovable += part.streams.unmovable

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Iterable
 from pathlib import Path
 
 from midstream_agent.contract import agent_pb2 as pb
 from midstream_agent.node import Node
+from midstream_agent.tunnel_check import try_tunnel
 
 CAP_NET_ADMIN, CAP_SYS_ADMIN, CAP_SYS_PTRACE, CAP_BPF = 12, 21, 19, 39
 
@@ -14,10 +17,11 @@ def _finding(check: str, good: bool, message: str, remedy: str, severity: str = 
     return pb.Finding(check=check, severity="ok" if good else severity, message=message, remedy="" if good else remedy)
 
 
-async def examine(node: Node) -> list[pb.Finding]:
-    """All checks of this node, in the order in which a migration would meet them."""
-    found = [*capabilities(), await _holds(node), conntrack_loose(), *mptcp(), *_addresses(node)]
-    return [*found, _tunnel(node), *_imds(node)]
+async def examine(node: Node, peers: Iterable[pb.NodeRef] = ()) -> list[pb.Finding]:
+    """All checks of this node, in the order in which a migration would meet them; `peers`: tried by the tunnel, too."""
+    found = [*capabilities(), await _holds(node), conntrack_loose(), *mptcp(), *_addresses(node), _tunnel(node)]
+    tried = await asyncio.gather(*(try_tunnel(node, p) for p in peers))
+    return [*found, *tried, *_imds(node)]
 
 
 def capabilities(status: Path = Path("/proc/self/status")) -> list[pb.Finding]:
@@ -74,7 +78,7 @@ def _addresses(node: Node) -> list[pb.Finding]:
 
 
 def _tunnel(node: Node) -> pb.Finding:
-    """Whether this node can steer at all; whether packets pass to another node is proved in each job's PREPARE."""
+    """Whether this node can steer at all; whether packets pass to another node, `try_tunnel` and each job find out."""
     text = f"VXLAN tunnel on UDP port {node.settings.tunnel_port}: streams change nodes before their address does"
     remedy = "start the agent without --no-tunnel" if not node.settings.tunnel else "a kernel with CONFIG_VXLAN"
     remedy += "; without a tunnel clients wait until the network has moved the address"

@@ -22,6 +22,7 @@ import os
 import struct
 import sys
 import threading
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ from midstream_agent.hold_layout import (
     ADDR_LEAVING,
     ADDR_TUNNEL,
     CONF,
+    CTL,
     FLOW_FROZEN,
     FLOW_HELD,
     FLOW_HERE,
@@ -236,11 +238,27 @@ class Hold:
     def flow_keys(self) -> list[bytes]:
         return self._flows.keys()
 
+    def flow_states(self) -> dict[int, int]:
+        """How many entries are in each state, at about this moment. Not while clients wait: 28 us a hundred."""
+        room = 1024
+        while room <= 2 * self._flows.spec.max_entries:
+            values = ctypes.create_string_buffer(room * CTL.size)
+            found = self._flows.snapshot(values)
+            if found is not None:
+                return Counter(memoryview(values).cast("B").cast("I")[: len(found) * CTL.size // 4 : CTL.size // 4])
+            room *= 4
+        # a kernel without the batch command
+        every = (self._flows.lookup(key) for key in self.flow_keys())
+        return Counter(CTL.unpack(value)[0] for value in every if value is not None)
+
     def note_keys(self) -> list[bytes]:
         return self._notes.keys()
 
     def addr_keys(self) -> list[bytes]:
         return self._addrs.keys()
+
+    def birth_keys(self) -> list[bytes]:
+        return self._births.keys()
 
     def counters(self) -> dict[str, int]:
         """Packets by reason, since the maps were made."""

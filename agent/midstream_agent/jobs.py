@@ -13,6 +13,7 @@ from midstream_runtime.contract.errors import Final, MidstreamError, Retryable
 
 from midstream_agent import batches, saga, source, tcp
 from midstream_agent.contract import agent_pb2 as pb
+from midstream_agent.contract import logs
 from midstream_agent.journal import Journal, journals
 from midstream_agent.node import Node
 from midstream_agent.source import Aborted, SourceJob
@@ -101,6 +102,8 @@ class SourceJobs:
         journal = Journal.create(self._node.journal_folder, "source", request.job_id, facts)
         job = SourceJob(self._node, request, journal, record.add, report=record.report)
         record.job = job
+        logs.JOB.set(request.job_id)
+        log.info("job %s: begins, %s of this node to %s", request.job_id, request.pod.name, request.target_node.name)
         try:
             await saga.run(STEPS, job, job.clock)
             _through(job)
@@ -112,6 +115,7 @@ class SourceJobs:
             log.exception("job %s", request.job_id)
             _failed(job, Final("internal", f"{type(e).__name__}: {e}"))
         finally:
+            await source.end_copy(job)
             self._end(job, record)
 
     def _end(self, job: SourceJob, record: Record) -> None:
@@ -125,6 +129,7 @@ class SourceJobs:
         for t in job.clock.steps:
             record.report.steps.add(name=t.name, start_ms=t.start_ms, took_ms=t.took_ms, outcome=t.outcome)
         record.job = None
+        self._node.metrics.ended(record.report)
         if record.report.phase != pb.PHASE_SUCCEEDED:
             # its exceptions and their frames refer to each other, and to the call whose end closes the connection
             asyncio.get_running_loop().call_soon(gc.collect)
@@ -140,6 +145,10 @@ class SourceJobs:
         finally:
             job.close()
         job.journal.remove()
+
+    def active(self) -> int:
+        """Jobs under way."""
+        return len(self._busy)
 
     def abort(self, job_id: str) -> tuple[bool, str]:
         """Idempotent. After the point of no return it stops nothing and says so."""
@@ -181,6 +190,7 @@ class SourceJobs:
     async def _recover(self, request: pb.MigrateRequest, record: Record, journal: Journal) -> None:
         job = SourceJob(self._node, request, journal, record.add, report=record.report)
         record.job = job
+        logs.JOB.set(request.job_id)
         log.info("job %s: taken up after a restart of the agent", request.job_id)
         try:
             await self._take_up_until_done(job)
@@ -273,6 +283,7 @@ class SourceJobs:
             job.transit = Transit(self._node, at, job.addresses, steer["peer"], steer["vni"])
             job.report.switchover = "Steer"
         job.moving = job.transit is None and job.journal.began("SEND")
+        job.report.kv.reason = "agent_restarted" if job.pool is not None else ""  # what has not moved goes without KV
 
 
 def _through(job: SourceJob) -> None:

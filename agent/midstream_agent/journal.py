@@ -65,8 +65,8 @@ class Journal:
         self._write({"kind": "decision", "decision": decision, **body})
 
     def decided(self, decision: str) -> dict[str, Any] | None:
-        """The data of `decision` if it was written."""
-        for line in self.lines:
+        """The data of `decision` as it was written last, if it was."""
+        for line in reversed(self.lines):
             if line["kind"] == "decision" and line["decision"] == decision:
                 return {k: _unpack(v) for k, v in line.items()}
         return None

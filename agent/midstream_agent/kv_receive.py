@@ -64,23 +64,25 @@ Settle = Callable[[], Coroutine[Any, Any, None]]
 
 
 class KvReceiver:
-    """One job at the target. `have` and `settle` run on the event loop that made this object; all else is
+    """One job at the target. `have`, `settle` and `end` run on the event loop that made this object; all else is
     thread-safe. `verify=False`, for tests: believe every block."""
 
     def __init__(
-        self, job_id: str, source_node: str, view: PoolView, have: Have, settle: Settle, answer_s: float, *,
-        verify: bool = True,
+        self, job_id: str, source_node: str, view: PoolView, have: Have, settle: Settle, end: Settle, answer_s: float,
+        *, verify: bool = True,
     ) -> None:  # fmt: skip
         self.job_id, self.source_node = job_id, source_node
         self.ticket = secrets.token_bytes(wire.TICKET_BYTES)
         self.counts = Counts()
-        self._view, self._have, self._settle, self._answer_s, self._verify = view, have, settle, answer_s, verify
+        self._view, self._answer_s, self._verify = view, answer_s, verify
+        self._have, self._settle, self._end = have, settle, end
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()
         self._slots: deque[int] = deque()
         self._landed: dict[int, Landed] = {}
         self._streams: dict[socket.socket, threading.Thread] = {}
         self._closed = False
+        self._ending: concurrent.futures.Future[None] | None = None
 
     # -- for the event loop ------------------------------------------------------------------------------------
 
@@ -135,6 +137,9 @@ class KvReceiver:
                     sock.sendall(wire.ANSWER.pack(number, verdict))
                 case wire.Kind.OFFER:
                     sock.sendall(self._offer(sock, size))
+                case wire.Kind.END:
+                    self._ending = asyncio.run_coroutine_threadsafe(self._end(), self._loop)  # which ends this thread
+                    return
                 case wire.Kind.SETTLE:
                     self._await(self._settle())
                     sock.sendall(wire.ANSWER.pack(number, wire.Verdict.SETTLED))
@@ -205,7 +210,7 @@ class KvServer:
 
     def __init__(self, host: str, settings: Kv, files: TlsFiles | None) -> None:
         """Binds; `files` None: without TLS. OSError when the port is taken."""
-        self._settings = settings
+        self._settings, self._files = settings, files
         self._context = tls.stream_context(files, server=True) if files is not None else None
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = socket.create_server(
@@ -221,6 +226,9 @@ class KvServer:
         self._accepting.start()
 
     def expect(self, receiver: KvReceiver) -> None:
+        """Let the job's streams in; by the certificate of now, since they are renewed under a running agent."""
+        if self._files is not None:
+            self._context = tls.stream_context(self._files, server=True)
         self._receivers[receiver.job_id] = receiver
 
     def forget(self, receiver: KvReceiver) -> None:

@@ -175,6 +175,10 @@ class KvSender:
         """What has landed can be found, and shared, at the target."""
         await self._ask(wire.Kind.SETTLE, b"", 1)
 
+    async def end(self) -> None:
+        """No more comes: the target may free what it kept for more."""
+        await self._ask(wire.Kind.END, b"", 0)
+
     async def _ask(self, kind: wire.Kind, body: bytes, count: int) -> list[tuple[int, int]]:
         loop = asyncio.get_running_loop()
         stream = next((s for s in self._streams if not s.dead), None)

@@ -16,6 +16,7 @@ stream itself, so that a stream without TLS gives it to nobody.
                        block that is not full
       OFFER            body: (u32 id, hash) for each block; HAVE or WANT for each
       SETTLE           what has landed may be found in the target's pool from now on; SETTLED
+      END              no more comes, by any stream: what was reserved for more is free again; no answer
 
 An id names a block of one job and is never used for another. A block may come again after a stream broke: what has
 landed is not written again. A stream has no end mark; either side closes it.
@@ -50,6 +51,7 @@ class Kind(IntEnum):
     BLOCK = 1
     OFFER = 2
     SETTLE = 3
+    END = 4
 
 
 class Verdict(IntEnum):

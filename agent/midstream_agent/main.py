@@ -15,11 +15,13 @@ import sys
 from pathlib import Path
 
 import uvloop
+from midstream_runtime.contract import open_files
 from midstream_runtime.contract.errors import MidstreamError
 
+from midstream_agent.contract import logs
 from midstream_agent.node import Node
 from midstream_agent.server import serve
-from midstream_agent.settings import ImdsSettings, Limits, Nic, Settings, Timeouts, TlsFiles
+from midstream_agent.settings import ImdsSettings, Kv, Limits, Nic, Settings, Timeouts, TlsFiles
 
 
 def parse(argv: list[str] | None = None) -> Settings:
@@ -27,6 +29,8 @@ def parse(argv: list[str] | None = None) -> Settings:
     add = parser.add_argument
     add("--node", required=True, help="this node's name; the certificate's DNS SAN must be the same")
     add("--listen", required=True, help="host:port of the gRPC server")
+    add("--metrics-listen", default="", help="host:port of Prometheus' endpoint, plain HTTP")
+    add("--log-format", choices=("text", "json"), default="text")
     add("--node-address", action="append", default=[], help="this node's own address, one a family")
     add("--tls-ca", required=True, type=Path)
     add("--tls-cert", required=True, type=Path)
@@ -49,11 +53,17 @@ def parse(argv: list[str] | None = None) -> Settings:
     add("--tunnel-port", type=int, default=Settings.__dataclass_fields__["tunnel_port"].default, help="UDP, for Steer")
     add("--batch-streams", type=int, default=Limits().batch_streams, help="streams that are held and moved together")
     add("--parallel-batches", type=int, default=Limits().parallel_batches)
+    add("--kv-port", type=int, default=Kv().port, help="TCP, for KV from other agents")
+    add("--kv-streams", type=int, default=Kv().streams, help="TCP streams of a job; 0: as many as suit the NIC")
+    add("--kv-bytes-per-s", type=int, default=Kv().bytes_per_s, help="of a job; 0: what the network gives")
+    add("--kv-plain", action="store_true", help="KV without TLS: only where the network between nodes is trusted")
     args = parser.parse_args(argv)
     return Settings(
         node=args.node,
         listen=args.listen,
         tls=TlsFiles(args.tls_ca, args.tls_cert, args.tls_key),
+        json_logs=args.log_format == "json",
+        metrics_listen=args.metrics_listen,
         node_addresses=tuple(args.node_address),
         bpffs=args.bpffs,
         state_dir=args.state_dir,
@@ -63,6 +73,9 @@ def parse(argv: list[str] | None = None) -> Settings:
         tunnel=not args.no_tunnel,
         tunnel_port=args.tunnel_port,
         limits=Limits(batch_streams=args.batch_streams, parallel_batches=args.parallel_batches),
+        kv=Kv(
+            port=args.kv_port, streams=args.kv_streams, bytes_per_s=args.kv_bytes_per_s, tls=not args.kv_plain
+        ),
         imds=ImdsSettings(args.imds_host, args.imds_port),
         timeouts=Timeouts(
             moved_linger_s=args.moved_linger_s,
@@ -89,9 +102,14 @@ async def run(settings: Settings) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    settings = parse(argv)
+    if settings.json_logs:
+        logs.setup()
+    else:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    open_files.allow_all()
     try:
-        uvloop.run(run(parse(argv)))
+        uvloop.run(run(settings))
     except MidstreamError as e:
         print(f"midstream-agent: {e}", file=sys.stderr)
         return 1

@@ -10,7 +10,7 @@ import os
 import struct
 import time
 from collections.abc import Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,18 @@ from midstream_agent import conntrack, journal
 from midstream_agent.announce import Gateway, Nic, Responder, resolve
 from midstream_agent.hold import Hold
 from midstream_agent.inject import Injector
+from midstream_agent.kv_receive import KvServer
+from midstream_agent.metrics import Metrics
 from midstream_agent.net import Link, NetWorker
 from midstream_agent.notices import Board, watch
 from midstream_agent.pods import Pod, find_pod
 from midstream_agent.routes import RouteSocket
-from midstream_agent.settings import Settings
+from midstream_agent.settings import Kv, Settings, host_of
 from midstream_agent.tunnel import Tunnel
 
 log = logging.getLogger(__name__)
 CTL = struct.Struct("=8I")  # struct ms_flow_ctl
+KV_STREAMS, KV_STREAM_MBITS = 8, 5000
 # TCP_REPAIR, addresses, TC; /proc/PID/root of pods; their namespaces, and BPF
 CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_SYS_PTRACE": 19, "CAP_SYS_ADMIN": 21}
 
@@ -82,10 +85,14 @@ class Node:
     responders: list[Responder]
     tunnel: Tunnel | None
     """None: this kernel has no VXLAN, so addresses move by switchover Wait."""
+    kv: Kv
+    """The settings, with the number of streams that suits the NIC."""
+    kv_server: KvServer
     tasks: Tasks = field(default_factory=Tasks)
     linger: dict[tuple[str, ...], tuple[bytes, asyncio.Task[None]]] = field(default_factory=dict)
     """By addresses: entries that stay for late packets after a job, and what ends them."""
     notices: Board = field(default_factory=Board)
+    metrics: Metrics = field(default_factory=Metrics)
     _epochs: dict[str, int] = field(default_factory=dict)
 
     @classmethod
@@ -111,7 +118,9 @@ class Node:
         responders = [
             Responder(a, settings.probe_port, await net.run(net.interface_of, a)) for a in settings.node_addresses
         ]
-        node = cls(settings, boot_id, net, hold, nic, injector, RouteSocket(), responders, tunnel)
+        kv = replace(settings.kv, streams=settings.kv.streams or _kv_streams(settings.nic.name))
+        kv_server = _listen_for_kv(settings)
+        node = cls(settings, boot_id, net, hold, nic, injector, RouteSocket(), responders, tunnel, kv, kv_server)
         node._load_epochs()
         nic.start()
         if tunnel is not None:
@@ -125,6 +134,7 @@ class Node:
     async def stop(self) -> None:
         """Leave holds standing: they are pinned in the kernel and outlive this process."""
         await self.tasks.stop()
+        await self.kv_server.close()
         self.nic.close()
         if self.tunnel is not None:
             self.tunnel.close()
@@ -258,6 +268,23 @@ def _check_capabilities() -> None:
         raise Final(
             "no_capability", f"the agent lacks {', '.join(missing)}: add them to its container's securityContext"
         )
+
+
+def _listen_for_kv(settings: Settings) -> KvServer:
+    try:
+        return KvServer(host_of(settings.listen), settings.kv, settings.tls if settings.kv.tls else None)
+    except OSError as e:
+        text = f"cannot listen on TCP port {settings.kv.port} for KV: {e}; see --kv-port"
+        raise Final("listen", text) from e
+
+
+def _kv_streams(nic: str) -> int:
+    """As many as fill the NIC; a virtual one knows no speed."""
+    try:
+        mbits = int(Path(f"/sys/class/net/{nic}/speed").read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return KV_STREAMS
+    return max(KV_STREAMS, -(-mbits // KV_STREAM_MBITS))
 
 
 async def _make_tunnel(net: NetWorker, hold: Hold, settings: Settings) -> Tunnel | None:

@@ -21,7 +21,7 @@ from midstream_agent.contract import agent_pb2 as pb
 from midstream_agent.contract import agent_pb2_grpc as rpc
 from midstream_agent.settings import Settings
 
-PROTOCOL, MIN_PROTOCOL = 1, 1
+PROTOCOL, MIN_PROTOCOL = 2, 2  # 2: KV in streams of its own, before the pause
 EOF = aio.EOF  # type: ignore[attr-defined]  # grpc-stubs do not know it
 log = logging.getLogger(__name__)
 _BROKEN = (TimeoutError, aio.AioRpcError, aio.UsageError, asyncio.InvalidStateError)

@@ -10,12 +10,16 @@ It converges when KV is made more slowly than the network takes it (`Progress`);
 than the copy, streams are moved without KV and their tokens replayed: KV is dropped before a connection is.
 
 Blocks are known by their hash. Streams with the same beginning have the same hashes for it, and these are sent once;
-those that the target's pool has already are not sent at all. A pod that speaks an older handoff cannot name blocks of
-streams that go on: there are no rounds then, and all of its KV is tail.
+those that the target's pool has already are not sent at all. An engine that cannot name blocks of streams that go on
+has no rounds, and all of its KV is tail.
+
+KV is a cache. What does not come is computed again at the target, and counted by reason; only a pod that lies about
+its own pool ends the job.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -31,6 +35,7 @@ from midstream_agent.kv_send import Block, KvSender
 from midstream_agent.settings import Kv
 
 log = logging.getLogger(__name__)
+LIES = ("kv_slot", "handoff_protocol", "handoff_size", "handoff_fds")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +114,13 @@ def tail_choice(
     return "move" if tail_bytes / bytes_per_s <= tail_tokens / prefill_tokens_per_s else "recompute"
 
 
-def why_not(ours: Geometry | None, theirs: str) -> str:
-    """The name of what keeps KV from being copied, empty when nothing does. `theirs`: the target's pool fingerprint,
+def why_not(ours: Geometry | None, theirs: str, pod_version: int = pod.VERSION) -> str:
+    """The name of what keeps KV from being copied, empty when nothing does. `theirs`: the other pool's fingerprint,
     which covers model, dtype, block size and shape. Tokens are replayed then."""
     if ours is None or not theirs:
         return "no_pool"
+    if pod_version < pod.KV_VERSION:
+        return "kv_old_pod"
     return "" if ours.fingerprint == theirs else "kv_fingerprint"
 
 
@@ -127,101 +134,130 @@ class PreCopy:
         job_id: str,
         view: PoolView,
         sender: KvSender,
-        pod_version: int = pod.VERSION,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings, self._handoff, self._job_id = settings, handoff, job_id
         self._view, self._sender, self._clock = view, sender, clock
-        self._names_blocks = pod_version >= pod.KV_VERSION
         self.progress = Progress(settings)
         self._known: dict[int, int] = {}
         self._ids: dict[bytes, int] = {}
+        self._failed: dict[bytes, str] = {}
         self._next_id = 1
         self._began = 0.0
+        self.sent_bytes = 0
+        self.shared_bytes = 0
+        """Not sent: another stream or the target has them."""
         self.recomputed: dict[str, int] = {}
         """Blocks that the target must compute again, by the reason's name; 'cheaper' is a choice and no failure."""
         self.trouble: MidstreamError | None = None
         """What ended the copy early, if anything did: streams then move without this KV."""
 
-    async def run(self, addresses: Sequence[str], stop: Callable[[], bool] = lambda: False) -> Progress:
-        """Rounds until another is not worth it. `stop`, asked between rounds: the deadline, an abort. A copy that
-        breaks ends in `trouble`; what the pod itself refuses is raised."""
-        while self._names_blocks and self.progress.another() and not stop():
-            try:
-                await self.round(addresses)
-            except MidstreamError as e:
-                self._note_trouble(e)
-                break
+    async def run(self, addresses: Sequence[str], stop: Callable[[], str] = lambda: "") -> Progress:
+        """Rounds until another is not worth it. `stop`, asked in between: why the copy must end now, if it must (the
+        deadline, an abort). What breaks the copy ends in `trouble`; what no honest pod says is raised."""
+        while self.progress.another() and not self.trouble:
+            await self.again(addresses, stop)
         return self.progress
 
+    async def again(self, addresses: Sequence[str], stop: Callable[[], str] = lambda: "") -> None:
+        """One round, unless something has ended the copy."""
+        try:
+            if not self.trouble:
+                await self.round(addresses, stop)
+        except MidstreamError as e:
+            self._note_trouble(e)
+
+    def give_up(self, why: str) -> None:
+        """No more is sent; what has come is used."""
+        self._note_trouble(Final(why, "the copy of KV takes too long: what is missing is computed again"))
+
     def _note_trouble(self, e: MidstreamError) -> None:
-        if not e.code.startswith("kv_") or e.code == "kv_slot":
+        if e.code in LIES:
             raise e
         log.warning("job %s: KV copy: %s", self._job_id, e)
-        self.trouble = e
+        self.trouble = self.trouble or e
 
-    async def round(self, addresses: Sequence[str]) -> Round:
+    async def round(self, addresses: Sequence[str], stop: Callable[[], str] = lambda: "") -> None:
         """Everything that became full since the last one."""
         began = self._clock()
         since_s = began - self._began if self._began else 0.0
         self._began = began
         named = shared = sent = failed = 0
         while blocks := await self._named(addresses):
+            if why := stop():
+                return self.give_up(why)
             new = self._unsent(blocks)
             try:
                 have = await self._sender.offer(new) if new else set()
                 report = await self._sender.send([block for block in new if block.id not in have])
-            except MidstreamError:
+            except BaseException:
                 self._forget([block.name for block in new])  # nobody knows which of them came
                 raise
             self._forget([block.name for block in new if block.id in report.failed])
+            self._failed |= {block.name: report.failed[block.id] for block in new if block.id in report.failed}
             await self._sender.settle()
             size = self._view.geometry.slot_bytes
             named += size * len(blocks)
             sent += report.bytes
+            self.sent_bytes += report.bytes
             failed += size * len(report.failed)
             shared += size * (len(blocks) - len(new) + len(have))
+            self.shared_bytes += size * (len(blocks) - len(new) + len(have))
             if len(blocks) < pod.MAX_KV_BLOCKS:
                 break
         took_s = self._clock() - began
-        done = Round(named, shared, sent, failed, took_s, since_s or took_s)
-        self.progress.rounds.append(done)
-        return done
+        self.progress.rounds.append(Round(named, shared, sent, failed, took_s, since_s or took_s))
 
-    async def tail(self, kv: Sequence[dict[str, Any]], streams_tokens: int = 0) -> list[int]:
+    def named(self, stream: int) -> int:
+        """Blocks of a stream that rounds have dealt with."""
+        return self._known.get(stream, 0)
+
+    async def tail(self, kv: Sequence[dict[str, Any]]) -> list[int]:
         """After PAUSE: sends what is missing of the blocks that the pod handed out, or leaves it to the target's
         engine. Returns the ids for the target, one a block of `kv`; 0 for one that it must compute again."""
-        ids = [self._ids.get(bytes.fromhex(block.get("hash", "")), 0) for block in kv]
+        names = [bytes.fromhex(block.get("hash", "")) for block in kv]
+        ids = [self._ids.get(name, 0) for name in names]
         missing = [at for at, number in enumerate(ids) if not number]
-        tokens = streams_tokens or len(missing) * self._view.geometry.block_tokens
-        size = sum(int(kv[at]["bytes"]) for at in missing)
-        rate = self._sender.bytes_per_s or self.progress.bytes_per_s
-        if missing and tail_choice(size, rate, tokens, self._settings.prefill_tokens_per_s) == "recompute":
-            self._count("cheaper", len(missing))
-            return ids
-        ours = {at: self._block(kv[at]) for at in missing}
+        given_up = {at: self._given_up(names[at]) for at in missing}
+        ours = {at: self._block(kv[at]) for at in missing if not given_up[at]}
         firsts = {block.name or str(at): block for at, block in reversed(ours.items())}
-        landed = await self._send_tail(list(firsts.values()))
+        failed = await self._send_tail(list(firsts.values())) if firsts else {}
         for at, block in ours.items():
             number = firsts[block.name or str(at)].id
-            ids[at] = number if number in landed else 0
+            ids[at] = 0 if number in failed else number
+            given_up[at] = failed.get(number, "")
+        self.shared_bytes += sum(int(kv[at]["bytes"]) for at, block in ours.items() if block not in firsts.values())
+        for why in filter(None, given_up.values()):
+            self.recomputed[why] = self.recomputed.get(why, 0) + 1
         return ids
 
-    async def _send_tail(self, blocks: list[Block]) -> set[int]:
+    def _given_up(self, name: bytes) -> str:
+        """Why a block is not tried (again) while clients wait."""
+        return self.trouble.code if self.trouble else self._failed.get(name, "")
+
+    async def _send_tail(self, blocks: list[Block]) -> dict[int, str]:
+        """Why, for each block that did not come."""
+        size = sum(block.length for block in blocks)
+        rate = self._sender.bytes_per_s or self.progress.bytes_per_s
+        tokens = len(blocks) * self._view.geometry.block_tokens
+        if tail_choice(size, rate, tokens, self._settings.prefill_tokens_per_s) == "recompute":
+            return {block.id: "cheaper" for block in blocks}
         try:
-            report = await self._sender.send(blocks)
+            async with asyncio.timeout(self._settings.tail_s):
+                report = await self._sender.send(blocks)
+        except TimeoutError:
+            self.give_up("kv_slow")
         except MidstreamError as e:
             self._note_trouble(e)
-            self._count(e.code, len(blocks))
-            return set()
-        for why in report.failed.values():
-            self._count(why, 1)
-        return report.landed
+        else:
+            self.sent_bytes += report.bytes
+            return report.failed
+        return {block.id: self._given_up(block.name) for block in blocks}
 
     async def end(self) -> None:
-        """The pod may free what it kept for this job."""
-        if not self._names_blocks:
-            return
+        """Pod and target may free what they kept for this job."""
+        if not self.trouble:
+            await self._sender.end()
         await self._handoff.ask("kv_end", {"job": self._job_id})
 
     # -- inside --------------------------------------------------------------------------------------------------
@@ -248,7 +284,7 @@ class PreCopy:
         return new
 
     def _forget(self, names: Sequence[bytes]) -> None:
-        """They are tried once more with the tail, and recomputed when that fails."""
+        """They are not at the target."""
         for name in names:
             del self._ids[name]
 
@@ -259,6 +295,3 @@ class PreCopy:
     def _new_id(self) -> int:
         self._next_id += 1
         return self._next_id - 1
-
-    def _count(self, why: str, blocks: int) -> None:
-        self.recomputed[why] = self.recomputed.get(why, 0) + blocks

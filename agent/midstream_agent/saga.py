@@ -3,12 +3,12 @@
     step          do (source.py)                                     undo
     CONNECT       pod, handoff, peer session                         close them
     PREPARE       hold attached, tunnel proved, SYNs silenced,       let SYNs in again
-                  accept queue empty; target has blanks, KV slots,
-                  the address plumbed
+                  accept queue empty; target has blanks, the
+                  address plumbed, and most of the KV
     PAUSE         gateway stops at a token boundary, hands fds over  gateway goes on
     HOLD          gate shut, hold absorbs in silence                 entries deleted
     EXPORT        checkpoint; the hold answers zero window           thaw
-    SEND          journal SENT; checkpoint + state + KV; restored    target discards, confirmed
+    SEND          last KV; journal SENT; checkpoint, state; restored target discards, confirmed
     MOVE_ADDRESS  (Wait) route off, target announces, path proved    address back, proved
     COMMIT        journal COMMIT; sent until ACTIVATED               -- never: roll forward
     BATCHES       (Steer) PAUSE .. COMMIT of all further streams     -- never; each batch by itself as above

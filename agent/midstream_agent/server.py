@@ -8,7 +8,7 @@ import grpc
 from grpc import aio
 from midstream_runtime.contract.errors import Final, MidstreamError, Retryable
 
-from midstream_agent import __version__, doctor, peer, tls
+from midstream_agent import __version__, doctor, peer, takeover, tls, tunnel_check
 from midstream_agent.contract import agent_pb2 as pb
 from midstream_agent.contract import agent_pb2_grpc as rpc
 from midstream_agent.jobs import SourceJobs
@@ -20,9 +20,10 @@ from midstream_agent.target import TargetJobs
 class AgentService(NoticesMixin, rpc.AgentServicer):
     """What the operator may ask. Errors end the call with their code in the details: `code: message`."""
 
-    def __init__(self, node: Node, jobs: SourceJobs) -> None:
+    def __init__(self, node: Node, jobs: SourceJobs, targets: TargetJobs) -> None:
         self._node = node
         self._jobs = jobs
+        self._targets = targets
 
     async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.DescribeReply:
         await self._admit(context)
@@ -102,15 +103,19 @@ class AgentService(NoticesMixin, rpc.AgentServicer):
 
     async def DeclareGone(self, request: pb.DeclareGoneRequest, context: Any) -> pb.DeclareGoneReply:
         await self._admit(context)
+        reply = pb.DeclareGoneReply()
         try:
-            self._jobs.declare_gone(request.job_id, request.node, request.evidence)
-        except MidstreamError as e:
+            if request.job_id in self._jobs.records:
+                self._jobs.declare_gone(request.job_id, request.node, request.evidence)
+            else:
+                reply = await takeover.take_over(self._targets, request.job_id, request.node, request.evidence)
+        except (MidstreamError, OSError) as e:
             await _refuse(context, e)
-        return pb.DeclareGoneReply()
+        return reply
 
     async def Doctor(self, request: pb.DoctorRequest, context: Any) -> pb.DoctorReply:
         await self._admit(context)
-        return pb.DoctorReply(findings=await doctor.examine(self._node))
+        return pb.DoctorReply(findings=await doctor.examine(self._node, request.peers))
 
     async def _admit(self, context: Any) -> None:
         names = tls.names_of(context)
@@ -130,13 +135,17 @@ async def _refuse(context: Any, e: Exception) -> None:
 async def serve(node: Node) -> tuple[aio.Server, SourceJobs, TargetJobs]:
     """Take up unfinished jobs, then listen. A peer may only speak to an agent that knows its journal."""
     jobs, targets = SourceJobs(node), TargetJobs(node)
+    tunnel_check.forget_all(node)
     await targets.recover()
     server = aio.server(options=peer.channel_options(node.settings))
-    rpc.add_AgentServicer_to_server(AgentService(node, jobs), server)
+    rpc.add_AgentServicer_to_server(AgentService(node, jobs, targets), server)
     service = peer.PeerService(node.settings, node.boot_id, targets.session)
     rpc.add_PeerServicer_to_server(service, server)
     if server.add_secure_port(node.settings.listen, tls.server_credentials(node.settings.tls)) == 0:
         raise Final("listen", f"cannot listen on {node.settings.listen}: is another agent running?")
     await server.start()
     await jobs.recover()
+    node.metrics.watch(node.hold, jobs.active)
+    if node.settings.metrics_listen:
+        node.metrics.serve(node.settings.metrics_listen)
     return server, jobs, targets

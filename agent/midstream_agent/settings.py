@@ -55,8 +55,8 @@ class Timeouts:
 class Kv:
     """How KV blocks travel between two agents."""
 
-    port: int = 9445  # of the target; the source learns it in PREPARE
-    streams: int = 8  # one flow is capped at 5 Gb/s on EC2, and one core hashes 0.8 GB/s
+    port: int = 9446  # of the target; the source learns it in PREPARE
+    streams: int = 0  # 0: one for each 5 Gb/s of the NIC (EC2's cap of a flow), at least 8: a core hashes 0.8 GB/s
     tls: bool = True  # off only where the network between nodes is trusted or encrypted itself
     bytes_per_s: int = 0  # all streams of a job together; 0: what the network gives
     piece_bytes: int = 1 << 20  # one write; the bandwidth limit is kept to within a piece a stream
@@ -69,6 +69,8 @@ class Kv:
     answer_s: float = 10.0  # the target asks its pod meanwhile
     rounds_max: int = 20  # of pre-copy; it has converged or never will
     tail_ms: float = 5.0  # what is left is small enough when it takes no longer than this
+    tail_s: float = 2.0  # clients wait for the tail; then it is computed again
+    switch_s: float = 15.0  # pause to commit and address, which the copy must leave before a deadline
     shrink: float = 0.8  # a round with more than this part of the one before it is no progress
     prefill_tokens_per_s: float = 0.0  # of the target's engine, for the choice to recompute; 0: unknown, so move
 
@@ -80,7 +82,6 @@ class Limits:
     streams_per_job: int = 20_000
     batch_streams: int = 128  # a client waits for its batch: about 20 ms for so many
     parallel_batches: int = 2  # one is restored while the next is frozen
-    kv_chunk_bytes: int = 1 << 20  # a gRPC message of this size costs no copy more than larger ones
     message_bytes: int = 256 << 20
     jobs_remembered: int = 64
 
@@ -105,6 +106,8 @@ class Settings:
     node: str
     listen: str  # host:port of the gRPC server
     tls: TlsFiles
+    json_logs: bool = False
+    metrics_listen: str = ""  # host:port of Prometheus' endpoint; empty: none
     node_addresses: tuple[str, ...] = ()
     bpffs: Path = Path("/sys/fs/bpf/midstream")
     state_dir: Path = Path("/var/lib/midstream")
@@ -122,3 +125,8 @@ class Settings:
     fip_rule_to: int = 513  # between the VPC CNI's 512 and 1024 (facts: its source)
     fip_rule_from: int = 600
     fip_table: int = 10_600
+
+
+def host_of(endpoint: str) -> str:
+    """The host in host:port; IPv6 in brackets."""
+    return endpoint.rpartition(":")[0].strip("[]")

@@ -15,7 +15,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from midstream_runtime.contract.errors import Final, MidstreamError, Retryable
 
@@ -25,9 +25,13 @@ from midstream_agent.handoff import HandoffClient
 from midstream_agent.hold import ADDR_LEAVING, FLOW_FROZEN, FLOW_HELD, FLOW_MOVED
 from midstream_agent.journal import Journal
 from midstream_agent.kv import Geometry, PoolView
+from midstream_agent.kv_send import Target
+from midstream_agent.kv_source import KvSource, settings_for
 from midstream_agent.node import Attached, Node
 from midstream_agent.peer import PeerSession
+from midstream_agent.precopy import why_not
 from midstream_agent.saga import Clock
+from midstream_agent.settings import host_of
 from midstream_agent.target import bring_up, fingerprint_of, greet, pool_fingerprint_of, responder_for
 from midstream_agent.transit import Transit
 
@@ -58,6 +62,8 @@ class SourceJob:
     handoff: HandoffClient | None = None
     hello: dict[str, Any] = field(default_factory=dict)
     pool: PoolView | None = None
+    copy: KvSource | None = None
+    """A batch has its job's; None: nothing is copied."""
     peer: PeerSession | None = None
     addresses: list[str] = field(default_factory=list)
     target_addresses: list[str] = field(default_factory=list)
@@ -71,7 +77,7 @@ class SourceJob:
     moved_keys: bytes = b""
     """Of all batches."""
     reserved_slots: int = 0
-    """KV slots that the target was asked for."""
+    """KV slots that the target was asked to keep for the pause."""
     listed: list[dict[str, Any]] = field(default_factory=list)
     """A further batch's streams, as the pod listed them."""
     tries: dict[int, int] = field(default_factory=dict)
@@ -222,7 +228,9 @@ async def prepare(job: SourceJob) -> None:
     fields = {"job": job.request.job_id, "addresses": job.addresses}
     await handoff.ask("prepare", fields)
     streams = await list_streams(job)
+    job.report.kv.bytes_total = sum(int(s.get("kv_bytes") or 0) for s in streams)
     await ask_prepare(job, first_batch(job, streams))
+    await _copy_ahead(job)
     await _choose_switchover(job, streams)
     if job.request.dry_run:
         raise Final("dry_run", f"planned: {len(streams)} streams would move to {job.request.target_node.name}")
@@ -233,13 +241,24 @@ async def prepare(job: SourceJob) -> None:
         job.note("PREPARE", "left behind", f"{left} connections whose clients did not complete the handshake")
     await handoff.ask("settle", fields)
     settled = await list_streams(job)
-    grown = _slots_for(job, first_batch(job, settled)) - job.reserved_slots
-    # what was decoded meanwhile has used up the spare blocks: no client waits yet, so there is time for more
+    grown = kv_slots(job, first_batch(job, settled)) - job.reserved_slots
+    # more is left for the pause than there are spare slots: no client waits yet, so there is time for more
     if len(settled) != len(streams) or grown > len(settled) * SPARE_SLOTS // 2:
         await ask_prepare(job, first_batch(job, settled))
     if job.transit is not None:
         job.only = [int(s["id"]) for s in first_batch(job, settled)]
+    if job.copy is not None:
+        await job.copy.catch_up(job.addresses)
     job.phase(pb.PHASE_SWITCHING)
+
+
+async def _copy_ahead(job: SourceJob) -> None:
+    """Pre-copy: as long as it takes, for no client waits and no new one is kept out."""
+    if job.copy is None or job.request.dry_run:
+        return
+    await job.copy.copy_ahead(job.addresses, lambda: job.abort_asked, job.request.deadline_unix_ms)
+    if job.report.kv.bytes_total:
+        job.note("PREPARE", "copied", job.copy.summary())
 
 
 async def streams_left(job: SourceJob) -> list[dict[str, Any]]:
@@ -328,27 +347,30 @@ async def list_streams(job: SourceJob) -> list[dict[str, Any]]:
     return movable
 
 
-def _slots_for(job: SourceJob, streams: list[dict[str, Any]]) -> int:
-    """A few blocks more for each stream: decoding goes on until PAUSE."""
-    slot_bytes = job.pool.geometry.slot_bytes if job.pool else 1
-    return sum(int(s.get("kv_bytes") or 0) for s in streams) // slot_bytes + SPARE_SLOTS * len(streams)
+def kv_slots(job: SourceJob, streams: list[dict[str, Any]]) -> int:
+    """Slots that the target must have free at the pause: for what no round of the pre-copy has dealt with, and for a
+    few blocks more of each stream, since decoding goes on until then."""
+    if job.pool is None or job.request.kv_mode == pb.KV_MODE_REPLAY:
+        return 0
+    slots = SPARE_SLOTS * len(streams)
+    if job.copy is not None:
+        blocks = ((int(s["id"]), int(s.get("kv_bytes") or 0) // job.pool.geometry.slot_bytes) for s in streams)
+        slots += sum(max(0, count - job.copy.named(number)) for number, count in blocks)
+    return slots
 
 
 async def ask_prepare(job: SourceJob, streams: list[dict[str, Any]]) -> None:
     """Have the target make ready for these streams; the first time for the addresses, too."""
     assert job.peer is not None
-    kv_bytes = sum(int(s.get("kv_bytes") or 0) for s in streams)
-    job.report.kv.bytes_total = kv_bytes
-    replay = job.request.kv_mode == pb.KV_MODE_REPLAY or job.pool is None
-    slots = 0 if replay else _slots_for(job, streams)
-    job.reserved_slots = slots
+    # batches run side by side, and each takes its slots out of the same ones
+    job.reserved_slots = kv_slots(job, streams) * (job.node.settings.limits.parallel_batches if job.parent else 1)
     body = pb.PeerPrepare(
         pod=job.request.target_pod,
         addresses=job.addresses,
         families=[6 if ":" in s["remote"][0].removeprefix("::ffff:") else 4 for s in streams],
         model_fingerprint=fingerprint_of(job.hello),
         pool_fingerprint=pool_fingerprint_of(job.hello),
-        kv_slots=slots,
+        kv_slots=job.reserved_slots,
         ports=sorted({int(s["local"][1]) for s in streams}),
         mtu_bytes=job.node.settings.nic.mtu_bytes,
         pod_kind=str(job.hello.get("pod_kind", "")),
@@ -362,11 +384,47 @@ async def ask_prepare(job: SourceJob, streams: list[dict[str, Any]]) -> None:
     if reply.prepared.HasField("tunnel") and job.transit is None:
         at, _ = job.live_pod()
         job.transit = Transit(job.node, at, job.addresses, reply.prepared.tunnel.address, body.tunnel.vni)
+    _begin_copy(job, reply.prepared)
     job.target_addresses = list(reply.prepared.node_addresses)
     job.journal.decide("TARGET", addresses=job.target_addresses)
     for address in job.addresses:
         responder_for(address, job.node.settings.node_addresses)
         responder_for(address, job.target_addresses)
+
+
+def _begin_copy(job: SourceJob, prepared: pb.PeerPrepared) -> None:
+    if job.copy is not None or job.pool is None or not job.reserved_slots:
+        return
+    ours = job.pool.geometry
+    reason = prepared.kv_reason or why_not(ours, ours.fingerprint, int(job.hello["version"]))
+    if not reason:
+        try:
+            job.copy = _open_copy(job, job.pool, prepared)
+        except MidstreamError as e:
+            log.warning("job %s: no KV is copied: %s", job.request.job_id, e)
+            reason = e.code
+    job.report.kv.reason = reason
+
+
+def _open_copy(job: SourceJob, pool: PoolView, prepared: pb.PeerPrepared) -> KvSource:
+    at, _ = job.live_pod()
+    node, to = job.node, job.request.target_node
+    target = Target(to.name, host_of(to.endpoint), prepared.kv_port, prepared.kv_ticket)
+    settings = settings_for(node.kv, job.request.kv_mode)
+    sock = pods.connect_handoff(at.pod, node.settings.handoff_path)
+    handoff = HandoffClient(sock, node.settings.timeouts.handoff_s)
+    try:
+        return KvSource(settings, node.settings.tls, handoff, job.request.job_id, pool, target, job.report.kv)
+    except BaseException:
+        handoff.close()
+        raise
+
+
+async def end_copy(job: SourceJob) -> None:
+    """Before the pool is closed. A batch leaves it to its job."""
+    if job.copy is not None and job.parent is None:
+        copy, job.copy = job.copy, None
+        await copy.close()
 
 
 def _our_end(job: SourceJob) -> pb.PeerTunnel:
@@ -380,6 +438,7 @@ async def unprepare(job: SourceJob) -> None:
         job.transit.stay()
     for address in job.addresses:
         job.node.hold.del_addr(address)
+    await end_copy(job)
     if job.handoff is not None:
         await job.handoff.ask("resume", {"job": job.request.job_id})
 
@@ -519,42 +578,29 @@ def count_broken(
 
 
 async def send(job: SourceJob) -> None:
-    """The checkpoint leaves: from now on a thaw needs the target's word that it threw it away."""
+    """The last KV blocks, then the checkpoint: from now on a thaw needs the target's word that it threw it away."""
     assert job.peer is not None and job.batch is not None
     checkpoints = job.batch.encode()
     job.report.checkpoint_bytes = len(checkpoints)
+    kv_ids = await _send_tail(job)
     job.journal.decide("SENT", target=job.peer.node, endpoint=job.peer.endpoint, boot_id=job.peer.boot_id)
-    ship = pb.PeerShip(
-        checkpoints=checkpoints, state=job.state, streams=job.streams, kv_blocks=len(job.kv), kv=await _send_kv(job)
-    )
+    ship = pb.PeerShip(checkpoints=checkpoints, state=job.state, streams=job.streams, kv_ids=kv_ids)
     await job.peer.post(pb.PeerRequest(ship=ship))
     if job.transit is None:
         # The target begins the address move only once it has restored. Asking now saves clients a round trip.
         await _ask_move(job)
     reply = await job.peer.answer()
     job.report.restore_us = reply.restored.restore_us
+    if job.copy is not None:
+        job.copy.missed(reply.restored.kv_missing, reply.restored.kv_reason)
 
 
-async def _send_kv(job: SourceJob) -> list[pb.PeerKvChunk]:
-    """Blocks in messages of bounded size; the last message rides with the checkpoint."""
-    if job.pool is None or job.request.kv_mode == pb.KV_MODE_REPLAY:
-        return []
-    assert job.peer is not None
-    job.report.kv.rounds = 1
-    riding: list[pb.PeerKvChunk] = []
-    size = 0
-    for index, block in enumerate(job.kv):
-        data = job.pool.read(int(block["slot"]), int(block["bytes"]))
-        chunk = pb.PeerKvChunk(index=index, data=data, checksum=bytes.fromhex(block["checksum"]))
-        job.report.kv.bytes_sent += len(data)
-        riding.append(chunk)
-        size += len(data)
-        if size > job.node.settings.limits.message_bytes // 4:
-            for full in riding:
-                await job.peer.ask(pb.PeerRequest(kv_chunk=full))
-            riding, size = [], 0
-    job.report.kv.bytes_total = job.report.kv.bytes_sent
-    return riding
+async def _send_tail(job: SourceJob) -> list[int]:
+    """Ids of all KV blocks of the paused streams; 0: the target computes it again."""
+    if job.copy is not None:
+        return await job.copy.tail(job.kv)
+    (job.parent or job).report.kv.blocks_recomputed += len(job.kv)
+    return [0] * len(job.kv)
 
 
 async def unsend(job: SourceJob) -> None:
@@ -698,6 +744,8 @@ async def follow_address(job: SourceJob) -> None:
     assert job.peer is not None and job.transit is not None
     timeouts = job.node.settings.timeouts
     patience_s = timeouts.address_confirm_s + timeouts.peer_reply_s
+    if job.gone() or job.peer.rebooted:
+        _keep_addresses(job)
     try:
         asked = job.peer.answer(patience_s) if job.moving else job.peer.ask(_move_request(job), patience_s)
         reply = await asked
@@ -708,6 +756,22 @@ async def follow_address(job: SourceJob) -> None:
         raise Retryable(e.code, f"{e.message}; {held}") from e
     job.transit.follow()
     job.note("FOLLOW", "proved", f"path proved after {reply.address_moved.took_ms:.1f} ms: this node may go")
+
+
+def _keep_addresses(job: SourceJob) -> NoReturn:
+    """The target's node is gone, and with it what had moved there. All else is this node's again, also in the eyes of
+    a network that had begun to move the addresses, or was through."""
+    assert job.transit is not None
+    job.transit.stay()
+    job.node.nic.announce(job.addresses)
+    job.node.linger_moved(job.node.flows_of(job.addresses), job.addresses)
+    moved, job.report.streams.migrated = job.report.streams.migrated, 0
+    job.report.streams.lost += moved
+    for batch in job.report.batches:
+        if batch.outcome == "moved":
+            batch.outcome, batch.reason = "lost", "target_lost"
+    raise Final("target_lost", f"the target's node is gone, and with it {job.report.streams.lost} streams that had "
+                "moved; all others and new connections are served by the source")  # fmt: skip
 
 
 async def let_go(job: SourceJob) -> None:

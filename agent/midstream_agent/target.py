@@ -22,19 +22,24 @@ from typing import Any
 from midstream_runtime.contract import handoff as wire
 from midstream_runtime.contract.errors import Final, MidstreamError, Retryable
 
-from midstream_agent import failpoints, peer, pods, tcp
+from midstream_agent import failpoints, peer, pods, tcp, tunnel_check
 from midstream_agent.contract import agent_pb2 as pb
+from midstream_agent.contract import logs
 from midstream_agent.handoff import HandoffClient
 from midstream_agent.hold import ADDR_LEAVING, FLOW_HELD, FLOW_HERE
 from midstream_agent.hold_layout import NOTE, NOTE_DATA, NOTE_FIN, NOTE_RST, NOTE_RST_SEEN, NOTE_SEG, NOTE_TS
 from midstream_agent.journal import Journal, journals
 from midstream_agent.kv import Geometry, PoolView
+from midstream_agent.kv_target import NOT_HERE, KvTarget
 from midstream_agent.node import Attached, Node
+from midstream_agent.precopy import why_not
 from midstream_agent.transit import Transit
 
 log = logging.getLogger(__name__)
 
 NEW, PREPARED, RESTORED, ACTIVATED, DISCARDED = "NEW", "PREPARED", "RESTORED", "ACTIVATED", "DISCARDED"
+FURTHER = "FURTHER"
+GONE = "GONE"  # in the journal: the source's node, by proof
 NOTE_PAYLOAD = NOTE_DATA | NOTE_FIN
 
 
@@ -50,14 +55,15 @@ class TargetJob:
     at: Attached | None = None
     handoff: HandoffClient | None = None
     pool: PoolView | None = None
+    kv: KvTarget | None = None
+    """Of all batches of the job."""
     journal: Journal | None = None
     addresses: list[str] = field(default_factory=list)
     added: list[str] = field(default_factory=list)
+    pod_version: int = 0
     ports: set[int] = field(default_factory=set)
     families: list[int] = field(default_factory=list)
     blanks: list[int] = field(default_factory=list)
-    slots: list[int] = field(default_factory=list)
-    have_kv: set[int] = field(default_factory=set)
     broken: list[str] = field(default_factory=list)
     """What failed, for each stream that could not be made live."""
     batch: tcp.Batch | None = None
@@ -74,12 +80,17 @@ class TargetJob:
     opened: bool = False
     moved: bool = False
     """The addresses are here, by proof."""
+    further: int = 0
+    """Streams of further batches that are over."""
+    gone: str = ""
+    """What proves that the source's node is gone; then this job is remembered for ever."""
 
     # -- PREPARE ---------------------------------------------------------------------------------------
 
     async def prepare(self, req: pb.PeerPrepare) -> pb.PeerPrepared:
         if self.state not in (NEW, PREPARED):
             raise Final("job_state", f"job {self.job_id} is {self.state} here: it cannot be prepared again")
+        _check_mtu(self.node.settings.nic.mtu_bytes, req.mtu_bytes)
         await self._attach(req)
         if self.parent is not None:
             self.addresses, self.transit = self.parent.addresses, self.parent.transit
@@ -88,9 +99,9 @@ class TargetJob:
             self._choose_switchover(req)
         self.state = PREPARED
         await self._blank(list(req.families))
-        free = await self._reserve(req.kv_slots)
+        reply = pb.PeerPrepared(node_addresses=self.node.settings.node_addresses)
+        await (self.parent or self)._expect_kv(req, reply)
         self._open_journal()
-        reply = pb.PeerPrepared(node_addresses=self.node.settings.node_addresses, kv_slots_free=free)
         if self.transit is not None:
             reply.tunnel.address = responder_for(self.transit.peer, self.node.settings.node_addresses)
             reply.tunnel.vni = self.transit.vni
@@ -123,13 +134,13 @@ class TargetJob:
         hello = await greet(self.handoff, self.node.settings.node)
         try:
             _check_same_software(hello.header, req)
-            self.ports = _listening_ports(hello.header)
+            self.ports, self.pod_version = _listening_ports(hello.header), int(hello.header["version"])
             missing = sorted(set(req.ports) - self.ports)
             if missing:
                 raise Final(
                     "target_not_listening", f"the target pod does not listen on port {missing}: same pod template?"
                 )
-            if hello.header.get("pool") and self.pool is None:
+            if hello.header.get("pool") and self.pool is None and self.parent is None:
                 self.pool = PoolView(hello.fds.pop(0), Geometry.parse(hello.header["pool"]), writable=True)
         finally:
             hello.close()
@@ -163,39 +174,57 @@ class TargetJob:
                 raise Final("blank_refused", f"blank socket {i} of the target pod: {refusal}")
         self.families = families
 
-    async def _reserve(self, wanted: int) -> int:
-        assert self.handoff is not None
-        if not wanted or self.pool is None:
-            return 0
+    async def _expect_kv(self, req: pb.PeerPrepare, reply: pb.PeerPrepared) -> None:
+        """Let the source's KV streams in, and have slots ready. What cannot come is computed again: no reason to
+        refuse the streams."""
+        if not req.kv_slots:
+            return
         try:
-            answer = await self.handoff.ask("reserve", {"job": self.job_id, "slots": wanted})
+            if self.kv is None and not (why := why_not(self._geometry(), req.pool_fingerprint, self.pod_version)):
+                self.kv = self._open_kv()
+            elif self.kv is None:
+                reply.kv_reason = why
+                return
+            reply.kv_slots_free = await self.kv.reserve(req.kv_slots)
         except MidstreamError as e:
-            if e.code != "pool_full":
-                raise
-            return 0  # the tokens are replayed instead: slower for the engine, nothing lost
-        self.slots = [int(s) for s in answer.header["slots"]]
-        return len(self.slots)
+            log.warning("job %s: no KV can come: %s", self.job_id, e)
+            reply.kv_reason = e.code
+            return
+        reply.kv_port, reply.kv_ticket = self.kv.port, self.kv.ticket
+
+    def _geometry(self) -> Geometry | None:
+        return self.pool.geometry if self.pool is not None else None
+
+    def _open_kv(self) -> KvTarget:
+        assert self.at is not None and self.pool is not None
+        node = self.node
+        sock = pods.connect_handoff(self.at.pod, node.settings.handoff_path)
+        handoff = HandoffClient(sock, node.settings.timeouts.handoff_s)
+        try:
+            return KvTarget(node.kv_server, node.kv, handoff, self.job_id, self.source_node, self.pool)
+        except BaseException:
+            handoff.close()
+            raise
+
+    async def _slots_of(self, req: pb.PeerShip, reply: pb.PeerRestored) -> list[int]:
+        """Where the streams' KV blocks are in the pod's pool; the reply says how many of those sent are not."""
+        kv = (self.parent or self).kv
+        slots = [NOT_HERE] * len(req.kv_ids)
+        try:
+            slots = await kv.slots_for(req.kv_ids) if kv is not None else slots
+        except MidstreamError as e:
+            log.warning("job %s: its KV cannot be used: %s", self.job_id, e)
+            reply.kv_reason = e.code
+        reply.kv_missing = sum(1 for number, slot in zip(req.kv_ids, slots, strict=True) if number and slot < 0)
+        return slots
 
     # -- SEND (the source's word; here: restore) -------------------------------------------------------
-
-    def store_kv(self, chunk: pb.PeerKvChunk) -> None:
-        """Write one block into its reserved slot; a block that cannot be kept is recomputed."""
-        if self.pool is None or chunk.index >= len(self.slots):
-            return
-        try:
-            self.pool.write(self.slots[chunk.index], chunk.data, chunk.checksum)
-        except Final as e:
-            log.warning("job %s: %s", self.job_id, e)
-            return
-        self.have_kv.add(chunk.index)
 
     async def restore(self, req: pb.PeerShip) -> pb.PeerRestored:
         if self.state == RESTORED:
             return pb.PeerRestored()
         if self.state != PREPARED:
             raise Final("job_state", f"job {self.job_id} is {self.state} here: nothing can be restored")
-        for chunk in req.kv:
-            self.store_kv(chunk)
         self.batch = tcp.Batch.decode(req.checkpoints)
         self.keys, ctls = self._checked_entries(req.streams)
         await self._match_blanks()
@@ -205,14 +234,15 @@ class TargetJob:
         began = time.perf_counter()
         _raise_first(self.batch.restore(self.blanks), "restore")
         restore_us = (time.perf_counter() - began) * 1e6 / max(self.streams, 1)
+        reply = pb.PeerRestored(restore_us=restore_us)
         began = time.perf_counter()
-        await self._stage(req)
-        stage_ms = (time.perf_counter() - began) * 1e3
+        await self._stage(req, await self._slots_of(req, reply))
+        reply.stage_ms = (time.perf_counter() - began) * 1e3
         await failpoints.point("target.RESTORE.do.before")
         self._journal_restored(req)
         self.state = RESTORED
         await failpoints.point("target.RESTORE.do.after")
-        return pb.PeerRestored(restore_us=restore_us, stage_ms=stage_ms)
+        return reply
 
     def _checked_entries(self, streams: int) -> tuple[bytes, bytes]:
         """What the checkpoints claim, held against what this job was prepared for."""
@@ -238,10 +268,8 @@ class TargetJob:
         if families != self.families:
             await self._blank(families)
 
-    async def _stage(self, req: pb.PeerShip) -> None:
+    async def _stage(self, req: pb.PeerShip, slots: list[int]) -> None:
         assert self.handoff is not None
-        slots = [s if i in self.have_kv else -1 for i, s in enumerate(self.slots[: req.kv_blocks])]
-        slots += [-1] * (req.kv_blocks - len(slots))
         fields = {"job": self.job_id, "slots": slots, "count": self.streams}
         await self.handoff.ask("stage", fields, req.state)
 
@@ -319,6 +347,7 @@ class TargetJob:
             self.live = True
         await self._tell_activate()
         self.state = ACTIVATED
+        self.node.metrics.arrived.inc(self.streams - len(self.broken))
         self.activate_ms = (time.perf_counter() - began) * 1e3
         await failpoints.point("target.ACTIVATE.do.after")
         self._close_blanks()
@@ -363,6 +392,28 @@ class TargetJob:
         for address in self.addresses:
             self.node.hold.del_addr(address)
 
+    # -- the source is gone for good (takeover.py) -----------------------------------------------------
+
+    def take_addresses(self) -> None:
+        """Whatever the network still thinks, packets for the addresses are this node's, and this node emits."""
+        if self.moved or self.at is None:
+            return
+        if self.transit is not None:
+            self.transit.own()
+            self.opened = True
+        for address in self.addresses if self.transit is None else ():
+            self.node.routes.add(address, self.at.link.index)
+        self.node.nic.announce(self.addresses)
+        self.moved = True
+
+    async def keep_addresses(self) -> None:
+        """There is nobody that packets could be steered to or from."""
+        if self.kv is not None:
+            await self.kv.close()
+        if self.transit is not None:
+            self._settle()
+        self.close()
+
     # -- the ends --------------------------------------------------------------------------------------
 
     async def discard(self) -> None:
@@ -386,7 +437,7 @@ class TargetJob:
             for address in self.added:
                 await self.node.unplumb(self.at, address)
         self.state = DISCARDED
-        self.finish()
+        await self.finish()
 
     def _give_addresses_back(self) -> None:
         if self.transit is not None:
@@ -404,8 +455,10 @@ class TargetJob:
             # a pod that has gone took its blanks with it: closed in repair, so in silence
             log.warning("job %s: the target pod did not hear the discard: %s", self.job_id, e)
 
-    def finish(self) -> None:
+    async def finish(self) -> None:
         """Forget the job: nobody will ask for it again."""
+        if self.kv is not None:
+            await self.kv.close()
         if self.state == ACTIVATED and self.transit is not None and self.parent is None:
             self._settle()
         self._close_blanks()
@@ -413,6 +466,12 @@ class TargetJob:
             self.journal.remove()
             self.journal = None
         self.close()
+
+    def count_further(self, streams: int) -> None:
+        """A further batch is over; journalled, for whoever asks when the source cannot be asked any more."""
+        self.further += streams
+        if self.journal is not None:
+            self.journal.decide(FURTHER, streams=self.further)
 
     def _settle(self) -> None:
         """The addresses are like any other of this node; their flows need no entries any more."""
@@ -450,6 +509,8 @@ class TargetJob:
         facts = journal.facts
         job = cls(node, facts["job"], facts["source"], facts["source_boot_id"], state=PREPARED, journal=journal)
         job.addresses, job.added = facts["addresses"], facts["added"]
+        job.further = (journal.decided(FURTHER) or {}).get("streams", 0)
+        job.gone = (journal.decided(GONE) or {}).get("evidence", "")
         try:
             job.at = await node.attach_pod(facts["pod"])
             if facts.get("tunnel"):
@@ -507,6 +568,8 @@ class TargetJobs:
             log.info("job %s: restored before this agent started, held until %s decides", job.job_id, job.source_node)
 
     async def session(self, hello: pb.PeerHello) -> peer.Handler:
+        if tunnel_check.is_check(hello.job_id):
+            return tunnel_check.Answerer(self._node)
         job = self.jobs.get(hello.job_id)
         if job is None or job.state == DISCARDED:
             job = self.jobs[hello.job_id] = TargetJob(self._node, hello.job_id, hello.node, hello.boot_id)
@@ -533,6 +596,7 @@ class TargetSession(peer.Handler):
         job.sessions += 1
 
     async def handle(self, request: pb.PeerRequest, reply: pb.PeerReply) -> None:
+        logs.JOB.set(self._job.job_id.partition("~")[0])
         async with self._job.lock:
             try:
                 await self._dispatch(request, reply)
@@ -547,9 +611,6 @@ class TargetSession(peer.Handler):
                 if request.prepare.part_of:
                     job.parent = self._jobs.parent_of(request.prepare.part_of, job)
                 reply.prepared.CopyFrom(await job.prepare(request.prepare))
-            case "kv_chunk":
-                job.store_kv(request.kv_chunk)
-                reply.kv_stored.SetInParent()
             case "ship":
                 reply.restored.CopyFrom(await job.restore(request.ship))
             case "move_address":
@@ -561,7 +622,9 @@ class TargetSession(peer.Handler):
                 self._jobs.jobs.pop(job.job_id, None)
                 reply.discarded.SetInParent()
             case "finish":
-                job.finish()
+                if job.parent is not None:
+                    job.parent.count_further(job.streams - len(job.broken))
+                await job.finish()
                 self._jobs.jobs.pop(job.job_id, None)
                 reply.finished.SetInParent()
             case other:
@@ -584,9 +647,9 @@ class TargetSession(peer.Handler):
         """Streams and addresses are here; a source that stays silent has nothing left that packets could go to."""
         await asyncio.sleep(self._job.node.settings.timeouts.orphan_linger_s)
         async with self._job.lock:
-            if not self._job.sessions and self._jobs.jobs.get(self._job.job_id) is self._job:
+            if not (self._job.sessions or self._job.gone) and self._jobs.jobs.get(self._job.job_id) is self._job:
                 log.info("job %s: its source is silent: the addresses are ours alone now", self._job.job_id)
-                self._job.finish()
+                await self._job.finish()
                 self._jobs.jobs.pop(self._job.job_id, None)
 
 
@@ -712,6 +775,16 @@ def _check_same_software(hello: dict[str, Any], req: pb.PeerPrepare) -> None:
     if fingerprint_of(hello) != req.model_fingerprint:
         raise Final(
             "target_model", "the target pod serves another model (or other weights): choose a pod of the same workload"
+        )
+
+
+def _check_mtu(ours_bytes: int, theirs_bytes: int) -> None:
+    """Both ends of a stream have agreed on segments that fit the source's NIC."""
+    if ours_bytes < theirs_bytes:
+        raise Final(
+            "mtu_smaller",
+            f"the target's NIC has an MTU of {ours_bytes} bytes, the source's {theirs_bytes}: segments of its streams "
+            "would not fit; choose another target, or give both the same (--mtu)",
         )
 
 

@@ -23,6 +23,7 @@ from google.protobuf import json_format
 from grpc import aio
 from midstream_agent.contract import agent_pb2 as pb
 from midstream_agent.contract import agent_pb2_grpc as rpc
+from midstream_agent.contract.nodes import next_to
 
 from midstream_cli.inventory import Inventory, UsageError
 
@@ -132,6 +133,14 @@ def _print_report(report: pb.JobReport, out: Callable[[str], Any]) -> None:
         f"  streams: {counts.total} total, {counts.migrated} migrated, {counts.rolled_back} rolled back, "
         f"{counts.unmovable} unmovable{reasons}, {counts.lost} lost"
     )
+    if report.kv.bytes_total:
+        out(f"  KV: {_kv(report.kv)}")
+
+
+def _kv(kv: pb.KvCounts) -> str:
+    text = f"{kv.bytes_total / 1e6:.1f} MB, {kv.bytes_sent / 1e6:.1f} sent, {kv.bytes_shared / 1e6:.1f} shared"
+    again = f", {kv.blocks_recomputed} blocks computed again" if kv.blocks_recomputed else ""
+    return f"{text}{again}{f' ({kv.reason})' if kv.reason else ''}"
 
 
 async def status(inventory: Inventory, args: argparse.Namespace, out: Callable[[str], Any] = print) -> int:
@@ -179,9 +188,10 @@ async def abort(inventory: Inventory, args: argparse.Namespace, out: Callable[[s
 async def doctor(inventory: Inventory, args: argparse.Namespace, out: Callable[[str], Any] = print) -> int:
     bad = 0
     for node in inventory.endpoints:
+        peers = [pb.NodeRef(name=n, endpoint=inventory.endpoints[n]) for n in next_to(node, inventory.endpoints)]
         try:
             async with connect(inventory, node) as channel:
-                reply = await rpc.AgentStub(channel).Doctor(pb.DoctorRequest())
+                reply = await rpc.AgentStub(channel).Doctor(pb.DoctorRequest(peers=peers))
         except aio.AioRpcError as e:
             out(f"{node}: error agent: {e.details()}; remedy: is the agent running at {inventory.endpoints[node]}?")
             bad += 1

@@ -31,7 +31,8 @@ def bar(phase: str) -> str:
 def _kv(status: dict[str, Any]) -> str:
     kv = status.get("kv") or {}
     total = kv.get("bytesTotal", 0)
-    return f"KV {100 * kv.get('bytesSent', 0) // total}% of {total / 1e6:.1f} MB" if total else ""
+    done = min(kv.get("bytesSent", 0) + kv.get("bytesShared", 0), total)
+    return f"KV {100 * done // total}% of {total / 1e6:.1f} MB" if total else ""
 
 
 def _streams(status: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 
 import grpc
@@ -82,10 +82,13 @@ class Agents:
         except aio.AioRpcError as e:
             raise await self._said(node, e) from e
 
-    async def doctor(self, node: str) -> pb.DoctorReply:
+    async def doctor(self, node: str, others: Iterable[str] = ()) -> pb.DoctorReply:
+        """The node's findings; `others`: nodes to which it tries the tunnel."""
+        agents = (self.view.agent(n) for n in others)
+        peers = [pb.NodeRef(name=a.node, endpoint=a.endpoint) for a in agents if a is not None]
         try:
             stub = await self._stub(node)
-            return await stub.Doctor(pb.DoctorRequest(), timeout=self.settings.timeouts.agent_reply_s)
+            return await stub.Doctor(pb.DoctorRequest(peers=peers), timeout=self.settings.timeouts.agent_reply_s)
         except aio.AioRpcError as e:
             raise await self._said(node, e) from e
 
@@ -132,10 +135,11 @@ class Agents:
             raise await self._said(node, e) from e
         return reply.accepted, reply.message
 
-    async def declare_gone(self, node: str, request: pb.DeclareGoneRequest) -> None:
+    async def declare_gone(self, node: str, request: pb.DeclareGoneRequest) -> pb.DeclareGoneReply:
+        """To the source's agent of its target's node, or to the target's of its source's."""
         try:
             stub = await self._stub(node)
-            await stub.DeclareGone(request, timeout=self.settings.timeouts.agent_reply_s)
+            return await stub.DeclareGone(request, timeout=self.settings.timeouts.agent_reply_s)
         except aio.AioRpcError as e:
             raise await self._said(node, e) from e
 

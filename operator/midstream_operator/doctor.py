@@ -6,6 +6,8 @@ import asyncio
 import time
 from dataclasses import dataclass, field
 
+from midstream_agent.contract.nodes import next_to
+
 from midstream_operator.context import Context
 from midstream_operator.errors import OperatorError
 from midstream_operator.floating import FloatingIPs
@@ -33,13 +35,13 @@ class Doctor:
 
     async def _examine(self) -> list[Json]:
         nodes = sorted({a.node for a in self.ctx.view.agent_pods.values()})
-        told = await asyncio.gather(*(self._agent(n) for n in nodes))
+        told = await asyncio.gather(*(self._agent(n, next_to(n, nodes)) for n in nodes))
         pools = await asyncio.gather(*(self._pool(p.name) for p in self.ctx.settings.pools))
         return [*self._agents(), *pools, *self._pods(), *self._addresses(), *(f for found in told for f in found)]
 
-    async def _agent(self, node: str) -> list[Json]:
+    async def _agent(self, node: str, others: list[str]) -> list[Json]:
         try:
-            reply = await self.ctx.agents.doctor(node)
+            reply = await self.ctx.agents.doctor(node, others)
         except OperatorError as e:
             return [finding(node, "agent", "error", e.message, "look at the log of the agent's pod on that node")]
         return [finding(node, f.check, f.severity, f.message, f.remedy) for f in reply.findings]

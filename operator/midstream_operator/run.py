@@ -43,7 +43,7 @@ from midstream_operator.model import (
 from midstream_operator.picker import Choice, explain, pick
 from midstream_operator.status import PHASES, Draft
 from midstream_operator.tasks import Tasks
-from midstream_operator.view import Pod
+from midstream_operator.view import OUT_OF_SERVICE, Pod
 
 if TYPE_CHECKING:
     from midstream_operator.jobs import Jobs
@@ -55,6 +55,7 @@ SWITCHOVERS = {
     Switchover.WAIT: pb.SWITCHOVER_WAIT,
     Switchover.STEER: pb.SWITCHOVER_STEER,
 }
+_AFTER_LAST_BATCH = ("FOLLOW", "RELEASE")  # steps of the agents' saga
 _OURS = ("tls_files", "not_operator")  # this side's own trouble, which says nothing about the job
 KV_MODES = {KvMode.AUTO: pb.KV_MODE_AUTO, KvMode.COPY: pb.KV_MODE_COPY, KvMode.REPLAY: pb.KV_MODE_REPLAY}
 
@@ -79,6 +80,7 @@ class Run:
     _dirty: asyncio.Event = field(default_factory=asyncio.Event)
     _phase_changed: asyncio.Event = field(default_factory=asyncio.Event)
     _write_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _all_moved: bool = False  # no stream that could move is left at the source
     _fresh: bool = False  # this process has planned the job and no agent has been asked yet
 
     def __post_init__(self) -> None:
@@ -324,9 +326,11 @@ class Run:
 
     async def _carry_out(self) -> None:
         began, pause_s = now(), self.ctx.settings.timeouts.retry_s
-        heard = not self._fresh
+        heard, gone = not self._fresh, ""
         while True:
             try:
+                if gone:
+                    return await self._agent_done(await self._take_over(gone))
                 report = await self._lost_report() if heard else None
                 if report is None:
                     async for event in self.ctx.agents.migrate(self.source_node, self._request()):
@@ -343,6 +347,7 @@ class Run:
                 if isinstance(e, Final) and not (heard and e.code in _OURS):
                     raise
                 self._unanswered(e, heard, began)
+                gone = gone or (await self._gone(self.source_node, self.source_uid) if heard else "")
                 await asyncio.sleep(pause_s)
                 pause_s = min(pause_s * 2, self.ctx.settings.timeouts.retry_max_s)
 
@@ -364,6 +369,7 @@ class Run:
 
     def _happened(self, event: pb.MigrateEvent) -> None:
         before = self.draft.phase
+        self._all_moved = self._all_moved or event.step in _AFTER_LAST_BATCH
         if self.draft.step(event, now()):
             self._phase_changed.set()
             self._entered(before)
@@ -396,7 +402,7 @@ class Run:
 
     def _unanswered(self, e: OperatorError, heard: bool, began: datetime) -> None:
         """Silence is no proof: say so and ask again. Ends only what certainly never began, or cannot end."""
-        spec, view = self.spec, self.ctx.view
+        spec = self.spec
         self.draft.say(f"{e.code}: {e.message}; asked again")
         self._dirty.set()
         if not heard:
@@ -406,8 +412,47 @@ class Run:
                 raise Final("deadline_passed", f"the deadline passed before the agent was reached: {e.message}")
             if now() - began > timedelta(seconds=self.ctx.settings.timeouts.agent_patience_s):
                 raise Final(e.code, e.message)
-        elif self.source_node not in view.nodes and self.source_uid not in view.pods:
-            raise Final("source_lost", f"node {self.source_node} and its pod are gone, and with them the agent's word")
+
+    async def _gone(self, name: str, pod_uid: str) -> str:
+        """What proves that a node is gone for good; empty: it may come back."""
+        node = self.ctx.view.nodes.get(name)
+        if node is None:
+            return "" if pod_uid in self.ctx.view.pods else "its Node and its pod were deleted"
+        if node.ready:
+            return ""
+        if node.leaving == OUT_OF_SERVICE:
+            return f"taint {OUT_OF_SERVICE}"
+        witness = self.ctx.witness
+        return await witness.gone(node.provider_id) if witness is not None and node.provider_id else ""
+
+    async def _take_over(self, evidence: str) -> pb.JobReport:
+        """The target makes live what has come to it whole, and says how much that is."""
+        node, target = self.source_node, self.target_node
+        request = pb.DeclareGoneRequest(
+            job_id=self.agent_job, node=node, evidence=evidence, epoch=int(self.draft.status["epoch"])
+        )
+        try:
+            reply = await self.ctx.agents.declare_gone(target, request)
+        except Final as e:
+            if e.code != "unknown_job":
+                raise
+            text = f"node {node} is gone ({evidence}), and nothing of its streams had come to {target}"
+            raise Final("source_lost", text) from e
+        except Retryable as e:
+            if target in self.ctx.view.nodes:
+                raise
+            text = f"nodes {node} ({evidence}) and {target} are both gone, and with them the streams"
+            raise Final("source_lost", text) from e
+        self._note("SourceGone", f"{node} is gone for good ({evidence}); {reply.message}", warning=True)
+        whole = self._all_moved and not reply.lost
+        rest = "" if whole else "; streams that had not come there ended with the node"
+        return pb.JobReport(
+            job_id=self.agent_job,
+            phase=pb.PHASE_SUCCEEDED if whole else pb.PHASE_FAILED,
+            reason="" if whole else "source_lost",
+            message=f"node {node} is gone ({evidence}): {reply.message}{rest}",
+            streams=pb.StreamCounts(total=reply.streams + reply.lost, migrated=reply.streams, lost=reply.lost),
+        )
 
     async def _agent_done(self, report: pb.JobReport) -> None:
         """The agent is through; where anything was committed, network, status and slice follow before the job ends."""
@@ -486,21 +531,24 @@ class Run:
 
     async def _declare_gone(self) -> None:
         """Tell the source when its target's node is proven gone: nothing else may end its waiting."""
-        witness = self.ctx.witness
-        if witness is None:
-            return
-        while True:
+        target = str(self.draft.status["target"]["podUID"])
+        evidence = ""
+        while not evidence:
             await asyncio.sleep(self.ctx.settings.timeouts.gone_poll_s)
-            node = self.ctx.view.nodes.get(self.target_node)
-            if node is None or node.ready or not node.provider_id:
-                continue
-            if evidence := await witness.gone(node.provider_id):
-                request = pb.DeclareGoneRequest(
-                    job_id=self.agent_job, node=node.name, evidence=evidence, epoch=self.ctx.epoch()
-                )
+            evidence = await self._gone(self.target_node, target)
+        request = pb.DeclareGoneRequest(
+            job_id=self.agent_job, node=self.target_node, evidence=evidence, epoch=int(self.draft.status["epoch"])
+        )
+        pause_s = self.ctx.settings.timeouts.retry_s
+        while True:
+            try:
                 await self.ctx.agents.declare_gone(self.source_node, request)
-                self._note("TargetGone", f"{node.name} is gone for good ({evidence})", warning=True)
-                return
+                break
+            except OperatorError as e:
+                log.info("job %s: the source has not heard that its target is gone: %s", self.name, e)
+                await asyncio.sleep(pause_s)
+                pause_s = min(pause_s * 2, self.ctx.settings.timeouts.retry_max_s)
+        self._note("TargetGone", f"{self.target_node} is gone for good ({evidence})", warning=True)
 
     # -- the end, and writing ------------------------------------------------------------------------------
 

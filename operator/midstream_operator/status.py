@@ -91,7 +91,14 @@ class Draft:
             "unmovableReasons": sorted(set(report.unmovable_reasons)),
         }
         kv = report.kv
-        self.status["kv"] = {"bytesTotal": kv.bytes_total, "bytesSent": kv.bytes_sent, "rounds": kv.rounds}
+        self.status["kv"] = {
+            "bytesTotal": kv.bytes_total,
+            "bytesSent": kv.bytes_sent,
+            "bytesShared": kv.bytes_shared,
+            "rounds": kv.rounds,
+            "blocksRecomputed": kv.blocks_recomputed,
+            "reason": reason_of(kv.reason) if kv.reason else "",
+        }
         self.status["timings"] = {**_timings(report.steps), "hold": round(report.hold_ms, 3)}
         self.status["stall"] = _stall(report)
 

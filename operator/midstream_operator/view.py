@@ -12,6 +12,9 @@ from datetime import datetime
 from midstream_operator.model import ANNOTATION_REBALANCE, LABEL_MODEL, LABEL_RUNTIME, LABEL_WORKLOAD, Json, parse_time
 
 ZONE = "topology.kubernetes.io/zone"
+# The admin's word that a node is down and will not come back as it was: what ran there may be started elsewhere.
+# https://kubernetes.io/docs/concepts/cluster-administration/node-shutdown/#non-graceful-node-shutdown
+OUT_OF_SERVICE = "node.kubernetes.io/out-of-service"
 # Taints that say a node is about to go; whoever set them.
 LEAVING_TAINTS = (
     "midstream.dev/",
@@ -20,7 +23,7 @@ LEAVING_TAINTS = (
     "aws-node-termination-handler/",
     "ToBeDeletedByClusterAutoscaler",
     "DeletionCandidateOfClusterAutoscaler",
-    "node.kubernetes.io/out-of-service",
+    OUT_OF_SERVICE,
 )
 DELETED = "being deleted"
 
@@ -102,6 +105,7 @@ class Node:
         conditions = (obj.get("status") or {}).get("conditions") or []
         keys = [t["key"] for t in spec.get("taints") or []]
         leaving = next((k for k in keys if k.startswith(LEAVING_TAINTS)), "")
+        leaving = OUT_OF_SERVICE if OUT_OF_SERVICE in keys else leaving
         leaving = leaving or (DELETED if meta.get("deletionTimestamp") else "")
         return cls(
             name=meta["name"],

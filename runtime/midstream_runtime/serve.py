@@ -25,6 +25,7 @@ from typing import Protocol
 import uvloop
 
 from midstream_runtime import prestop
+from midstream_runtime.contract import open_files
 from midstream_runtime.contract.errors import Final, MidstreamError, Retryable
 from midstream_runtime.engine.client import EngineClient, GatewayEngine
 from midstream_runtime.engine.protocol import EngineInfo
@@ -206,7 +207,8 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     add("--engine-python", default=sys.executable, help="Python with torch, for the built-in engine (%(default)s)")
     add("--engine-chat", default="ids", choices=("ids", "native"),
         help="native: chats go through vLLM's own endpoint, since it has a reasoning parser (%(default)s)")
-    for name, default in (("--model", "tiny"), ("--pool-slots", "8192"), ("--pace-ms", "0"), ("--device", "cpu")):
+    ours = {"--model": "tiny", "--pool-slots": "8192", "--block-tokens": "16", "--pace-ms": "0", "--device": "cpu"}
+    for name, default in ours.items():
         add(name, default=default, help="of the built-in engine (%(default)s)")
     add("--max-body-bytes", type=int, default=8 << 20, help="largest request body (%(default)s)")
     add("--idle-s", type=float, default=75.0, help="close connections on which nothing is asked (%(default)s)")
@@ -227,7 +229,8 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         engine_pool=args.engine_pool or None,
         engine_argv=[
             args.engine_python, "-m", "midstream_runtime.engine.builtin", "--model", args.model,
-            "--pool-slots", args.pool_slots, "--pace-ms", args.pace_ms, "--device", args.device,
+            "--pool-slots", args.pool_slots, "--block-tokens", args.block_tokens, "--pace-ms", args.pace_ms,
+            "--device", args.device,
         ],
         grace_s=args.grace_s,
         prestop_port=args.prestop_port,
@@ -241,6 +244,7 @@ def parse(argv: Sequence[str] | None = None) -> Options:
 def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     options = parse(argv)
+    open_files.allow_all()
     # The engine may run in another Python: it must find this very package.
     root = str(Path(__file__).resolve().parent.parent)
     os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -1,12 +1,15 @@
-"""A server that sends each client a numbered line every few milliseconds: `ticker_pod.py PORT PERIOD_MS`.
+"""A server that sends each client a line every few milliseconds: `ticker_pod.py PORT PERIOD_MS`.
 
-Uses the handoff library alone, so that a benchmark of many streams measures the data path and not an engine.
+A line is its number and when it was due, in ns of CLOCK_MONOTONIC, which is one for all namespaces of a machine: the
+first line after a move was due when the stream was paused. So a client sees how long it was kept waiting, however
+seldom lines come. Uses the handoff library alone: a benchmark of many streams measures the data path and no engine.
 """
 
 from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from collections.abc import Sequence
 from typing import cast
 
@@ -14,10 +17,10 @@ from midstream_runtime.handoff import App, Connection, Handler, Handoff, Movable
 
 
 class Ticker:
-    """One client: the number of its next line is all its state."""
+    """One client: the number of its next line, and since when it waits for it while it is on its way."""
 
-    def __init__(self, connection: Connection, period_s: float, number: int = 0) -> None:
-        self.connection, self.period_s, self.number = connection, period_s, number
+    def __init__(self, connection: Connection, period_s: float, number: int = 0, paused_ns: int = 0) -> None:
+        self.connection, self.period_s, self.number, self.paused_ns = connection, period_s, number, paused_ns
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
@@ -32,8 +35,8 @@ class Ticker:
             self._timer.cancel()
         if self.connection.frozen or self.connection.closed:
             return
-        self.connection.write(b"%d\n" % self.number)
-        self.number += 1
+        self.connection.write(b"%d %d\n" % (self.number, self.paused_ns or time.monotonic_ns()))
+        self.number, self.paused_ns = self.number + 1, 0
         self._next(self.period_s)
 
     def received(self, data: bytes) -> None: ...
@@ -49,7 +52,8 @@ class Ticker:
         return Movable()
 
     def save(self) -> bytes:
-        return b"%d" % self.number
+        self.paused_ns = time.monotonic_ns()
+        return b"%d %d" % (self.number, self.paused_ns)
 
 
 class TickerApp(App):
@@ -64,7 +68,7 @@ class TickerApp(App):
         return ticker
 
     def restored(self, connection: Connection, state: bytes) -> Ticker:
-        return Ticker(connection, self.period_s, int(state))
+        return Ticker(connection, self.period_s, *map(int, state.split()))
 
     async def resume(self, handlers: Sequence[Handler]) -> None:
         for handler in handlers:

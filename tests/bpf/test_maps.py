@@ -63,6 +63,12 @@ def test_flows_are_set_changed_and_deleted(hold: Hold, kernel: None, n: int) -> 
     assert hold.delete_flows(keys, n) == 0
 
 
+def test_flows_are_counted_by_state(hold: Hold, kernel: None) -> None:
+    hold.set_flows(random_keys(1500), ctls(1500, FLOW_HELD), 1500)  # more than the first try has room for
+    hold.set_flows(random_keys(4), ctls(4, FLOW_FROZEN), 4)
+    assert hold.flow_states() == {FLOW_HELD: 1500, FLOW_FROZEN: 4}
+
+
 @pytest.mark.parametrize("n", [1, 2, 33, 2500])
 def test_notes_are_created_once_and_read_in_the_order_of_the_keys(hold: Hold, kernel: None, n: int) -> None:
     keys = random_keys(n)

@@ -172,12 +172,27 @@ class SimulatedAgent(rpc.AgentServicer):
     async def DeclareGone(self, request: pb.DeclareGoneRequest, context: Any) -> pb.DeclareGoneReply:
         await self._admit(context, "DeclareGone", request)
         record = self.records.get(request.job_id)
+        if record is None and (reply := self._take_over(request)) is not None:
+            return reply
         if record is None or record.request.target_node.name != request.node:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "unknown_job: no running job goes there")
             raise AssertionError("aborted")
         record.gone = request.evidence
         self.town.wake()
         return pb.DeclareGoneReply()
+
+    def _take_over(self, request: pb.DeclareGoneRequest) -> pb.DeclareGoneReply | None:
+        """As a target, of what a source that is gone had sent; None: nothing of the job had come here."""
+        source = self.town.agents.get(request.node)
+        record = source.records.get(request.job_id) if source else None
+        if source is None or record is None or record.request.target_node.name != self.node:
+            return None
+        if not any(e.step == "SEND" and e.what == "done" for e in record.events):
+            return None
+        for address in source._addresses(record):
+            self.routes[address] = record.request.target_pod.uid
+            del source.routes[address]
+        return pb.DeclareGoneReply(streams=STREAMS, message=f"{STREAMS} streams are live here, 0 are lost")
 
     async def Notices(self, request: pb.NoticesRequest, context: Any) -> AsyncIterator[pb.Notice]:
         await self._admit(context, "Notices", request)

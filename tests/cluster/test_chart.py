@@ -6,10 +6,13 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import yaml
+from midstream_agent.hold import Hold
+from midstream_agent.metrics import Metrics as AgentMetrics
+from midstream_operator.metrics import Metrics as OperatorMetrics
 from midstream_operator.settings import Settings
 from midstream_testbed.cluster import ControlPlane
 
@@ -158,17 +161,28 @@ def test_every_alert_has_a_line_in_the_runbook_and_every_metric_exists() -> None
     assert {rule["annotations"]["runbook"] for rule in rules} == headings
     assert headings == {f"docs/runbook.md#{rule['alert'].lower()}" for rule in rules}
     dashboard = (CHART / "dashboards/midstream.json").read_text(encoding="utf-8")
-    named = set(re.findall(r"midstream_operator_\w+", dashboard + json.dumps(rules)))
+    named = set(re.findall(r"midstream_(?:operator|agent)_\w+", dashboard + json.dumps(rules)))
     assert {re.sub(r"_bucket$", "", name) for name in named} <= exported()
 
 
 def exported() -> set[str]:
-    from midstream_operator.metrics import Metrics
-
+    agent = AgentMetrics()
+    agent.watch(cast(Hold, NoMaps()), lambda: 0)
     found = set()
-    for family in Metrics().registry.collect():
-        found.add(family.name + ("_total" if family.type == "counter" else ""))
+    for registry in (OperatorMetrics().registry, agent.registry):
+        for family in registry.collect():
+            found.add(family.name + ("_total" if family.type == "counter" else ""))
     return found
+
+
+class NoMaps:
+    """The names do not depend on what the kernel has counted."""
+
+    def counters(self) -> dict[str, int]:
+        return {}
+
+    def flow_states(self) -> dict[int, int]:
+        return {}
 
 
 def test_the_charts_crds_are_the_repositorys() -> None:

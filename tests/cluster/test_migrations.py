@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import time
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from cluster_world import Place, World, wait_for
+from cluster_world import MERGE, Place, World, wait_for
 
 STEP_OF_PHASE = {"Preparing": "PREPARE", "Switching": "SEND", "Committing": "RELEASE"}
 
@@ -288,6 +291,65 @@ def test_an_agent_that_never_answers_is_named(world: World, place: Place) -> Non
         world.agents.do("rise", node="a")
     assert status["reason"] == "AgentUnreachable"
     assert "the agent on a does not answer" in status["message"]
+
+
+@contextlib.contextmanager
+def out_of_service(world: World, name: str) -> Iterator[None]:
+    """The node is down for good, by its admin's word, and its agent with it."""
+    taint = {"key": "node.kubernetes.io/out-of-service", "value": "nodeshutdown", "effect": "NoExecute"}
+    world.agents.do("die", node=name)
+    world.node_ready(name, False)
+    world.plane.request("PATCH", f"/api/v1/nodes/{name}", {"spec": {"taints": [taint]}}, MERGE)
+    try:
+        yield
+    finally:
+        world.plane.request("PATCH", f"/api/v1/nodes/{name}", {"spec": {"taints": None}}, MERGE)
+        world.node_ready(name, True)
+        world.agents.do("rise", node=name)
+
+
+@pytest.mark.parametrize(
+    ("step", "end", "reason", "migrated"),
+    [
+        ("RELEASE", "Succeeded", "Succeeded", 3),
+        ("COMMIT", "Failed", "SourceLost", 3),
+        ("SEND", "Failed", "SourceLost", 0),
+    ],
+)
+def test_when_the_source_is_gone_for_good_the_target_takes_over_what_it_has(
+    world: World, place: Place, step: str, end: str, reason: str, migrated: int
+) -> None:
+    """Before RELEASE all streams had moved; before COMMIT they were there, and others may have been at the source."""
+    address = place.serving()["status"]["address"]
+    with world.agents.stopped_at(step):
+        name = place.add_job()
+        wait_for("the step", lambda: place.status(name).get("phase") in ("Switching", "Committing"))
+        time.sleep(0.5)  # its agent is at the step
+        with out_of_service(world, "a"):
+            status = place.wait_job(name, "Succeeded", "Failed", timeout_s=40)
+            assert (status["phase"], status["reason"]) == (end, reason), status
+            assert status.get("streams", {}).get("migrated", 0) == migrated
+            assert "node a is gone (taint node.kubernetes.io/out-of-service)" in status["message"]
+            if migrated:
+                assert world.agents.do("routes")["b"][address] == place.uids["llm-1"][1]
+                wait_for("the event", lambda: "SourceGone" in place.events("MigrationJob", name))
+
+
+def test_a_source_that_is_only_silent_is_waited_for(world: World, place: Place) -> None:
+    place.serving()
+    with world.agents.stopped_at("RELEASE"):
+        name = place.add_job()
+        place.wait_job(name, "Committing")
+        world.agents.do("die", node="a")
+        world.node_ready("a", False)
+        try:
+            wait_for("a word", lambda: "asked again" in place.status(name).get("message", ""))
+            time.sleep(2)
+            assert place.status(name)["phase"] == "Committing"
+        finally:
+            world.node_ready("a", True)
+            world.agents.do("rise", node="a")
+    place.wait_job(name, "Succeeded")
 
 
 def test_the_agent_keeps_the_deadline(world: World, place: Place) -> None:

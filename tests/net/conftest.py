@@ -12,9 +12,9 @@ from town import Town
 from world import World
 
 
-def _world(folder: Path, mtu: int) -> Iterator[World]:
-    with Vpc.create(mtu=mtu) as vpc, Fleet(vpc, folder) as fleet:
-        yield World.build(vpc, fleet)
+def _world(folder: Path, mtu: int, *options: str, steer: bool = False) -> Iterator[World]:
+    with Vpc.create(mtu=mtu) as vpc, Fleet(vpc, folder, steer=steer) as fleet:
+        yield World.build(vpc, fleet, *options)
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +27,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 def small_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """MTU 1500 on every link."""
     yield from _world(tmp_path_factory.mktemp("world1500"), 1500)
+
+
+@pytest.fixture(scope="session")
+def steer_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """Jumbo frames, and streams that change nodes before their address does, in small batches."""
+    yield from _world(tmp_path_factory.mktemp("steer9001"), 9001, "--batch-streams", "8", steer=True)
+
+
+@pytest.fixture(scope="session")
+def small_steer_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """The same with an MTU of 1500 on every link."""
+    yield from _world(tmp_path_factory.mktemp("steer1500"), 1500, "--batch-streams", "8", steer=True)
 
 
 @pytest.fixture

@@ -135,10 +135,10 @@ class HoldWorld:
 
     @classmethod
     @contextlib.contextmanager
-    def build(cls, folder: Path, names: list[str], mtu: int = 9001) -> Iterator[HoldWorld]:
+    def build(cls, folder: Path, names: list[str], mtu: int = 9001, steer: bool = False) -> Iterator[HoldWorld]:
         """Two hosts with agents, and a pair of pods with its addresses for each name ("name@node-b": they begin
         there)."""
-        with Vpc.create(mtu=mtu) as vpc, Fleet(vpc, folder) as fleet:
+        with Vpc.create(mtu=mtu) as vpc, Fleet(vpc, folder, steer=steer) as fleet:
             a, b = vpc.host("node-a"), vpc.host("node-b")
             world = cls(vpc, fleet, a, b, vpc.client("client"), vpc.client("client-in", in_vpc=True))
             for host in (a, b):

@@ -107,6 +107,14 @@ class World:
             self.at = self.away
         return report
 
+    def settle_at(self, node: str) -> None:
+        """Have the streams, if there are any, and their addresses on `node`."""
+        self.at = self.vpc.fabric.owner(V4) or self.at
+        if self.at != node:
+            report = self.hop()
+            if report["phase"] != "PHASE_SUCCEEDED":
+                raise RuntimeError(report["output"])
+
     def hop_in_background(self) -> str:
         """Start a migration to the other host; returns its job id without waiting."""
         job = f"job-{secrets.token_hex(4)}"

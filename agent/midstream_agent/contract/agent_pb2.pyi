@@ -404,19 +404,37 @@ class KvCounts(_message.Message):
     BYTES_TOTAL_FIELD_NUMBER: _builtins.int
     BYTES_SENT_FIELD_NUMBER: _builtins.int
     ROUNDS_FIELD_NUMBER: _builtins.int
+    BYTES_SHARED_FIELD_NUMBER: _builtins.int
+    BLOCKS_RECOMPUTED_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    COPY_MS_FIELD_NUMBER: _builtins.int
     bytes_total: _builtins.int
+    """of all streams, each counted by itself"""
     bytes_sent: _builtins.int
     rounds: _builtins.int
+    """of the pre-copy, while streams went on"""
+    bytes_shared: _builtins.int
+    """not sent: another stream, or the target, has these blocks"""
+    blocks_recomputed: _builtins.int
+    """by the target's engine, from the token ids"""
+    reason: _builtins.str
+    """why, a name out of docs/errors.md; empty when all came, or by choice"""
+    copy_ms: _builtins.float
+    """of the rounds; no client waits for them"""
     def __init__(
         self,
         *,
         bytes_total: _builtins.int = ...,
         bytes_sent: _builtins.int = ...,
         rounds: _builtins.int = ...,
+        bytes_shared: _builtins.int = ...,
+        blocks_recomputed: _builtins.int = ...,
+        reason: _builtins.str = ...,
+        copy_ms: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_sent", b"bytes_sent", "bytes_total", b"bytes_total", "rounds", b"rounds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_recomputed", b"blocks_recomputed", "bytes_sent", b"bytes_sent", "bytes_shared", b"bytes_shared", "bytes_total", b"bytes_total", "copy_ms", b"copy_ms", "reason", b"reason", "rounds", b"rounds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -691,6 +709,10 @@ Global___AbortReply: _TypeAlias = AbortReply  # noqa: Y015
 
 @_typing.final
 class DeclareGoneRequest(_message.Message):
+    """To the source's agent: its target's node is gone, so a thaw needs no confirmation. To the target's agent: its source's
+    node is gone, so it takes over what it has of the streams.
+    """
+
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: _builtins.int
@@ -699,6 +721,7 @@ class DeclareGoneRequest(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     node: _builtins.str
+    """that is gone"""
     evidence: _builtins.str
     """e.g. "ec2:terminated"; kept in the journal"""
     epoch: _builtins.int
@@ -722,12 +745,24 @@ Global___DeclareGoneRequest: _TypeAlias = DeclareGoneRequest  # noqa: Y015
 class DeclareGoneReply(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    STREAMS_FIELD_NUMBER: _builtins.int
+    LOST_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    streams: _builtins.int
+    """of the target's agent: live there now"""
+    lost: _builtins.int
+    """of those that it knew of"""
+    message: _builtins.str
     def __init__(
         self,
+        *,
+        streams: _builtins.int = ...,
+        lost: _builtins.int = ...,
+        message: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lost", b"lost", "message", b"message", "streams", b"streams"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -738,18 +773,24 @@ class DoctorRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     POD_FIELD_NUMBER: _builtins.int
+    PEERS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def pod(self) -> Global___PodRef:
         """optional"""
+
+    @_builtins.property
+    def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___NodeRef]:
+        """nodes to which the tunnel is tried; both ways, so one of two need be asked"""
 
     def __init__(
         self,
         *,
         pod: Global___PodRef | None = ...,
+        peers: _abc.Iterable[Global___NodeRef] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["pod", b"pod"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["pod", b"pod"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["peers", b"peers", "pod", b"pod"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -813,19 +854,17 @@ class PeerRequest(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     HELLO_FIELD_NUMBER: _builtins.int
     PREPARE_FIELD_NUMBER: _builtins.int
-    KV_CHUNK_FIELD_NUMBER: _builtins.int
     SHIP_FIELD_NUMBER: _builtins.int
     MOVE_ADDRESS_FIELD_NUMBER: _builtins.int
     COMMIT_FIELD_NUMBER: _builtins.int
     DISCARD_FIELD_NUMBER: _builtins.int
     FINISH_FIELD_NUMBER: _builtins.int
+    PROBE_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     @_builtins.property
     def hello(self) -> Global___PeerHello: ...
     @_builtins.property
     def prepare(self) -> Global___PeerPrepare: ...
-    @_builtins.property
-    def kv_chunk(self) -> Global___PeerKvChunk: ...
     @_builtins.property
     def ship(self) -> Global___PeerShip: ...
     @_builtins.property
@@ -836,24 +875,28 @@ class PeerRequest(_message.Message):
     def discard(self) -> Global___PeerDiscard: ...
     @_builtins.property
     def finish(self) -> Global___PeerFinish: ...
+    @_builtins.property
+    def probe(self) -> Global___PeerProbe:
+        """in a session that is no job's"""
+
     def __init__(
         self,
         *,
         id: _builtins.int = ...,
         hello: Global___PeerHello | None = ...,
         prepare: Global___PeerPrepare | None = ...,
-        kv_chunk: Global___PeerKvChunk | None = ...,
         ship: Global___PeerShip | None = ...,
         move_address: Global___PeerMoveAddress | None = ...,
         commit: Global___PeerCommit | None = ...,
         discard: Global___PeerDiscard | None = ...,
         finish: Global___PeerFinish | None = ...,
+        probe: Global___PeerProbe | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "commit", b"commit", "discard", b"discard", "finish", b"finish", "hello", b"hello", "kv_chunk", b"kv_chunk", "move_address", b"move_address", "prepare", b"prepare", "ship", b"ship"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "commit", b"commit", "discard", b"discard", "finish", b"finish", "hello", b"hello", "move_address", b"move_address", "prepare", b"prepare", "probe", b"probe", "ship", b"ship"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "commit", b"commit", "discard", b"discard", "finish", b"finish", "hello", b"hello", "id", b"id", "kv_chunk", b"kv_chunk", "move_address", b"move_address", "prepare", b"prepare", "ship", b"ship"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "commit", b"commit", "discard", b"discard", "finish", b"finish", "hello", b"hello", "id", b"id", "move_address", b"move_address", "prepare", b"prepare", "probe", b"probe", "ship", b"ship"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "prepare", "kv_chunk", "ship", "move_address", "commit", "discard", "finish"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "prepare", "ship", "move_address", "commit", "discard", "finish", "probe"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -867,12 +910,12 @@ class PeerReply(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     HELLO_FIELD_NUMBER: _builtins.int
     PREPARED_FIELD_NUMBER: _builtins.int
-    KV_STORED_FIELD_NUMBER: _builtins.int
     RESTORED_FIELD_NUMBER: _builtins.int
     ADDRESS_MOVED_FIELD_NUMBER: _builtins.int
     ACTIVATED_FIELD_NUMBER: _builtins.int
     DISCARDED_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
+    PROBED_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     @_builtins.property
     def error(self) -> Global___PeerError: ...
@@ -880,8 +923,6 @@ class PeerReply(_message.Message):
     def hello(self) -> Global___PeerHelloReply: ...
     @_builtins.property
     def prepared(self) -> Global___PeerPrepared: ...
-    @_builtins.property
-    def kv_stored(self) -> Global___PeerKvStored: ...
     @_builtins.property
     def restored(self) -> Global___PeerRestored: ...
     @_builtins.property
@@ -892,6 +933,8 @@ class PeerReply(_message.Message):
     def discarded(self) -> Global___PeerDiscarded: ...
     @_builtins.property
     def finished(self) -> Global___PeerFinished: ...
+    @_builtins.property
+    def probed(self) -> Global___PeerProbed: ...
     def __init__(
         self,
         *,
@@ -899,18 +942,18 @@ class PeerReply(_message.Message):
         error: Global___PeerError | None = ...,
         hello: Global___PeerHelloReply | None = ...,
         prepared: Global___PeerPrepared | None = ...,
-        kv_stored: Global___PeerKvStored | None = ...,
         restored: Global___PeerRestored | None = ...,
         address_moved: Global___PeerAddressMoved | None = ...,
         activated: Global___PeerActivated | None = ...,
         discarded: Global___PeerDiscarded | None = ...,
         finished: Global___PeerFinished | None = ...,
+        probed: Global___PeerProbed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["activated", b"activated", "address_moved", b"address_moved", "body", b"body", "discarded", b"discarded", "error", b"error", "finished", b"finished", "hello", b"hello", "kv_stored", b"kv_stored", "prepared", b"prepared", "restored", b"restored"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activated", b"activated", "address_moved", b"address_moved", "body", b"body", "discarded", b"discarded", "error", b"error", "finished", b"finished", "hello", b"hello", "prepared", b"prepared", "probed", b"probed", "restored", b"restored"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activated", b"activated", "address_moved", b"address_moved", "body", b"body", "discarded", b"discarded", "error", b"error", "finished", b"finished", "hello", b"hello", "id", b"id", "kv_stored", b"kv_stored", "prepared", b"prepared", "restored", b"restored"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activated", b"activated", "address_moved", b"address_moved", "body", b"body", "discarded", b"discarded", "error", b"error", "finished", b"finished", "hello", b"hello", "id", b"id", "prepared", b"prepared", "probed", b"probed", "restored", b"restored"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["error", "hello", "prepared", "kv_stored", "restored", "address_moved", "activated", "discarded", "finished"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["error", "hello", "prepared", "restored", "address_moved", "activated", "discarded", "finished", "probed"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -1046,7 +1089,7 @@ class PeerPrepare(_message.Message):
     """empty: the pod has no model"""
     pool_fingerprint: _builtins.str
     kv_slots: _builtins.int
-    """at least this many free slots are wanted"""
+    """to be kept free for blocks that come at the pause; 0: no KV will come"""
     mtu_bytes: _builtins.int
     pod_kind: _builtins.str
     deadline_unix_ms: _builtins.int
@@ -1119,13 +1162,70 @@ class PeerTunnel(_message.Message):
 Global___PeerTunnel: _TypeAlias = PeerTunnel  # noqa: Y015
 
 @_typing.final
+class PeerProbe(_message.Message):
+    """The doctor's: packets for `address`, which is on no wire, pass the tunnel both ways until this session ends."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    TUNNEL_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    @_builtins.property
+    def tunnel(self) -> Global___PeerTunnel: ...
+    def __init__(
+        self,
+        *,
+        address: _builtins.str = ...,
+        tunnel: Global___PeerTunnel | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["tunnel", b"tunnel"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "tunnel", b"tunnel"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PeerProbe: _TypeAlias = PeerProbe  # noqa: Y015
+
+@_typing.final
+class PeerProbed(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TUNNEL_FIELD_NUMBER: _builtins.int
+    MTU_BYTES_FIELD_NUMBER: _builtins.int
+    mtu_bytes: _builtins.int
+    @_builtins.property
+    def tunnel(self) -> Global___PeerTunnel: ...
+    def __init__(
+        self,
+        *,
+        tunnel: Global___PeerTunnel | None = ...,
+        mtu_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["tunnel", b"tunnel"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mtu_bytes", b"mtu_bytes", "tunnel", b"tunnel"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PeerProbed: _TypeAlias = PeerProbed  # noqa: Y015
+
+@_typing.final
 class PeerPrepared(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NODE_ADDRESSES_FIELD_NUMBER: _builtins.int
     KV_SLOTS_FREE_FIELD_NUMBER: _builtins.int
     TUNNEL_FIELD_NUMBER: _builtins.int
+    KV_PORT_FIELD_NUMBER: _builtins.int
+    KV_TICKET_FIELD_NUMBER: _builtins.int
+    KV_REASON_FIELD_NUMBER: _builtins.int
     kv_slots_free: _builtins.int
+    kv_port: _builtins.int
+    """where the job's KV streams are listened for"""
+    kv_ticket: _builtins.bytes
+    """what lets them in (midstream_agent/kv_stream.py); empty: no KV can come"""
+    kv_reason: _builtins.str
+    """why not"""
     @_builtins.property
     def node_addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -1138,56 +1238,17 @@ class PeerPrepared(_message.Message):
         node_addresses: _abc.Iterable[_builtins.str] | None = ...,
         kv_slots_free: _builtins.int = ...,
         tunnel: Global___PeerTunnel | None = ...,
+        kv_port: _builtins.int = ...,
+        kv_ticket: _builtins.bytes = ...,
+        kv_reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["tunnel", b"tunnel"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_slots_free", b"kv_slots_free", "node_addresses", b"node_addresses", "tunnel", b"tunnel"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_port", b"kv_port", "kv_reason", b"kv_reason", "kv_slots_free", b"kv_slots_free", "kv_ticket", b"kv_ticket", "node_addresses", b"node_addresses", "tunnel", b"tunnel"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PeerPrepared: _TypeAlias = PeerPrepared  # noqa: Y015
-
-@_typing.final
-class PeerKvChunk(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    INDEX_FIELD_NUMBER: _builtins.int
-    DATA_FIELD_NUMBER: _builtins.int
-    CHECKSUM_FIELD_NUMBER: _builtins.int
-    index: _builtins.int
-    """into the kv list of the batch"""
-    data: _builtins.bytes
-    """the block's filled bytes, whole"""
-    checksum: _builtins.bytes
-    def __init__(
-        self,
-        *,
-        index: _builtins.int = ...,
-        data: _builtins.bytes = ...,
-        checksum: _builtins.bytes = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "data", b"data", "index", b"index"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___PeerKvChunk: _TypeAlias = PeerKvChunk  # noqa: Y015
-
-@_typing.final
-class PeerKvStored(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    def __init__(
-        self,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___PeerKvStored: _TypeAlias = PeerKvStored  # noqa: Y015
 
 @_typing.final
 class PeerShip(_message.Message):
@@ -1196,18 +1257,15 @@ class PeerShip(_message.Message):
     CHECKPOINTS_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     STREAMS_FIELD_NUMBER: _builtins.int
-    KV_FIELD_NUMBER: _builtins.int
-    KV_BLOCKS_FIELD_NUMBER: _builtins.int
+    KV_IDS_FIELD_NUMBER: _builtins.int
     checkpoints: _builtins.bytes
     """one encoded batch (docs/checkpoint-format.md)"""
     state: _builtins.bytes
     """the pod's own, opaque to agents"""
     streams: _builtins.int
-    kv_blocks: _builtins.int
-    """length of the batch's kv list; blocks not sent are recomputed"""
     @_builtins.property
-    def kv(self) -> _containers.RepeatedCompositeFieldContainer[Global___PeerKvChunk]:
-        """blocks that ride along"""
+    def kv_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """one for each block of the batch's kv list, as the KV streams named it; 0: was not sent"""
 
     def __init__(
         self,
@@ -1215,12 +1273,11 @@ class PeerShip(_message.Message):
         checkpoints: _builtins.bytes = ...,
         state: _builtins.bytes = ...,
         streams: _builtins.int = ...,
-        kv: _abc.Iterable[Global___PeerKvChunk] | None = ...,
-        kv_blocks: _builtins.int = ...,
+        kv_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoints", b"checkpoints", "kv", b"kv", "kv_blocks", b"kv_blocks", "state", b"state", "streams", b"streams"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoints", b"checkpoints", "kv_ids", b"kv_ids", "state", b"state", "streams", b"streams"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1232,18 +1289,26 @@ class PeerRestored(_message.Message):
 
     RESTORE_US_FIELD_NUMBER: _builtins.int
     STAGE_MS_FIELD_NUMBER: _builtins.int
+    KV_MISSING_FIELD_NUMBER: _builtins.int
+    KV_REASON_FIELD_NUMBER: _builtins.int
     restore_us: _builtins.float
     """a socket, mean"""
     stage_ms: _builtins.float
+    kv_missing: _builtins.int
+    """of the blocks that were sent: the engine computes them again"""
+    kv_reason: _builtins.str
+    """why, where something failed"""
     def __init__(
         self,
         *,
         restore_us: _builtins.float = ...,
         stage_ms: _builtins.float = ...,
+        kv_missing: _builtins.int = ...,
+        kv_reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["restore_us", b"restore_us", "stage_ms", b"stage_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_missing", b"kv_missing", "kv_reason", b"kv_reason", "restore_us", b"restore_us", "stage_ms", b"stage_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

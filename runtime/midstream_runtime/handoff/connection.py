@@ -148,6 +148,7 @@ class Connection:
             return
         self.freeze()
         self.sock.close()
+        self.handler = None  # which knows this connection: a cycle would keep a stream's memory until gc comes by
         self._forget(self)
 
     # -- the event loop's side -----------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from typing import Any
 from midstream_testbed import report as people
 from midstream_testbed.fleet import GATEWAY_PORT, Fleet
 from midstream_testbed.machine import Client, Host, Pod
-from midstream_testbed.namespace import Process
+from midstream_testbed.namespace import Namespace, Process
 from midstream_testbed.verdict import Answer, Network, lost_and_doubled, nothing_lost, summary_ms
 from midstream_testbed.vpc import Vpc
 
@@ -72,6 +72,8 @@ class Play:
     source_deleted_at_share: float
     migration: tuple[float, float]
     """When it was asked for and when it had ended, seconds of the epoch."""
+    notice: dict[str, Any] = field(default_factory=dict)
+    """What made it begin, where nobody asked for it: see spot.py."""
 
 
 @dataclass(slots=True)
@@ -129,8 +131,7 @@ class Demo:
             )
             fleet.start_agent(host, "--address-confirm-s", str(self.move_seconds + 20), **slow)
         self.say("an agent on each host: hold and gate are loaded, nothing is held")
-        slots = (self.tokens // TOKENS_A_SLOT + SPARE_SLOTS_A_STREAM) * self.streams
-        options = ("--pace-ms", str(self.pace_ms), "--pool-slots", str(max(512, slots)))
+        options = ("--pace-ms", str(self.pace_ms), "--pool-slots", str(self.pool_slots))
         extra = {"MIDSTREAM_TEST_ZERO_KV": "1"} if self.zero_kv else {}
         pods = [fleet.start_gateway(source, "llm-0", *options), fleet.start_gateway(target, "llm-1", *options, **extra)]
         for pod in pods:
@@ -139,21 +140,30 @@ class Demo:
         self.say(f"serving pods llm-0 and llm-1 are ready; clients connect to the floating IP {ADDRESS}")
         return pods
 
-    def _curl(self, client: Client, prompt: str, name: str, tokens: int, *options: str, pad_bytes: int = 0) -> Stream:
+    @property
+    def pool_slots(self) -> int:
+        return max(512, (self.tokens // TOKENS_A_SLOT + SPARE_SLOTS_A_STREAM) * self.streams)
+
+    def _curl(
+        self, client: Namespace, prompt: str, name: str, tokens: int, *options: str,
+        pad_bytes: int = 0, server: str = ADDRESS,
+    ) -> Stream:  # fmt: skip
         body = {"model": "midstream-tiny", "prompt": prompt, "max_tokens": tokens, "temperature": 0,
                 "stream": True, "ignore_eos": True}  # fmt: skip
         out, request = self.folder / f"{name}.sse", self.folder / f"{name}.json"
         request.write_text(json.dumps(body) + " " * pad_bytes, encoding="utf-8")
         argv = ["curl", "-sS", "-N", "--max-time", str(300 + 10 * self.move_seconds), "-o", str(out),
                 "-H", "content-type: application/json", "-w", "%{local_port}", "--data-binary", f"@{request}",
-                *options, f"http://{ADDRESS}:{GATEWAY_PORT}/v1/completions"]  # fmt: skip
+                *options, f"http://{server}:{GATEWAY_PORT}/v1/completions"]  # fmt: skip
         return Stream(prompt, out, client.popen(argv, name=name))
 
-    def _references(self, client: Client) -> dict[str, Answer]:
+    def _references(self, client: Namespace, server: str = ADDRESS) -> dict[str, Answer]:
         """The same greedy answers without a migration."""
         prompts = PROMPTS[: self.streams]
-        running = [self._curl(client, p, f"reference-{i}", self.tokens) for i, p in enumerate(prompts)]
-        running.append(self._curl(client, UPLOAD_PROMPT, "reference-upload", UPLOAD_TOKENS))
+        running = [
+            self._curl(client, p, f"reference-{i}", self.tokens, server=server) for i, p in enumerate(prompts)
+        ]
+        running.append(self._curl(client, UPLOAD_PROMPT, "reference-upload", UPLOAD_TOKENS, server=server))
         self._finish(running)
         self.say(f"{len(prompts)} answers of {self.tokens} tokens fetched without a migration, for comparison")
         found = {s.prompt: s.answer() for s in running}
@@ -268,6 +278,8 @@ class Demo:
             "move_seconds": self.move_seconds,
             "steps": report.get("steps", []),
         }
+        if play.notice:
+            result["notice"] = play.notice
         result["ok"] = nothing_lost(result)
         return result
 
@@ -282,21 +294,26 @@ class Demo:
 
 def main(argv: list[str] | None = None) -> int:
     args = _arguments(argv)
-    folder = Path(tempfile.mkdtemp(prefix="midstream-demo-"))
     demo = Demo(
         args.streams, args.tokens, args.pace_ms, args.move_seconds, args.without_hold, args.zero_kv,
-        args.slow_send_ms, args.switchover == "steer", False, folder,
+        args.slow_send_ms, args.switchover == "steer",
     )  # fmt: skip
+    return perform(demo, args.json)
+
+
+def perform(demo: Demo, out: Path) -> int:
+    """Play it, judge it, say so to people and machines; the exit status."""
+    folder = demo.folder = Path(tempfile.mkdtemp(prefix="midstream-demo-"))
     try:
         play = demo.run()
     except Exception:
         print(f"the demo broke off; logs are kept in {folder}", file=sys.stderr)
         raise
     result = demo.judge(play)
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(people.render(result, *demo.switch_of_first(play)))
-    print(f"\n  {args.json} has it for machines")
+    print(f"\n  {out} has it for machines")
     if result["ok"]:
         shutil.rmtree(folder)
     else:

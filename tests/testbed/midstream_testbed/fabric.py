@@ -69,7 +69,7 @@ class Fabric:
 
     @property
     def ignored(self) -> int:
-        """Announcements that were heard and meant nothing: unknown address, foreign MAC."""
+        """Announcements that were heard and meant nothing: unknown address, foreign MAC, deaf."""
         return int(self.call("get")["ignored"])
 
     @property
@@ -97,3 +97,12 @@ class Fabric:
     @lie.setter
     def lie(self, value: bool) -> None:
         self.call("set", lie=value)
+
+    @property
+    def deaf(self) -> bool:
+        """Announcements mean nothing, as on EC2: addresses move by the API alone."""
+        return bool(self.call("get")["deaf"])
+
+    @deaf.setter
+    def deaf(self, value: bool) -> None:
+        self.call("set", deaf=value)

@@ -173,7 +173,7 @@ class Fabric:
         self.ports: dict[str, Port] = {}  # by the router's name of the interface
         self.addresses: dict[str, Address] = {}
         self.moves: list[Move] = []
-        self.hooks: dict[str, Any] = {"move_seconds": 0.0, "refuse": False, "lie": False}
+        self.hooks: dict[str, Any] = {"move_seconds": 0.0, "refuse": False, "lie": False, "deaf": False}
         self.ignored = 0
         self._due: list[tuple[float, int, Move]] = []
         self._netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)
@@ -186,7 +186,7 @@ class Fabric:
         moves = []
         for ifname, ip, mac in heard:
             port, address = self.ports.get(ifname), self.addresses.get(ip)
-            if port is None or address is None or port.mac != mac:
+            if self.hooks["deaf"] or port is None or address is None or port.mac != mac:
                 self.ignored += 1
                 continue
             moves += self.request(address, port)

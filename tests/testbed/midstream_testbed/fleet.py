@@ -154,9 +154,11 @@ class Fleet:
 
     # -- pods ------------------------------------------------------------------------------------------
 
-    def start_gateway(self, host: Host, name: str, *options: str, workload: str = "llm", **env: str) -> Pod:
-        """A serving pod: gateway and built-in engine. Returns at once; see wait_ready."""
-        pod = host.add_pod(name)
+    def start_gateway(
+        self, host: Host, name: str, *options: str, workload: str = "llm", uid: str = "", **env: str
+    ) -> Pod:
+        """A serving pod: gateway and built-in engine. Returns at once; see wait_ready. `uid`: see Host.add_pod."""
+        pod = host.add_pod(name, uid=uid)
         argv = [
             sys.executable, "-m", "midstream_runtime.serve", "--listen", f"[::]:{GATEWAY_PORT}",
             "--engine-python", ENGINE_PYTHON, "--path-mtu", str(self.vpc.mtu), *options,

@@ -41,9 +41,9 @@ class Metadata:
 
     # -- notices
 
-    def interrupt(self, in_s: float = 120.0, action: str = "terminate") -> datetime:
-        """A spot interruption notice now; the instance's end."""
-        end = datetime.now(UTC) + timedelta(seconds=in_s)
+    def interrupt(self, in_s: float = 120.0, action: str = "terminate", end: datetime | None = None) -> datetime:
+        """A spot interruption notice now; the instance's end, `in_s` from now or as given."""
+        end = end or datetime.now(UTC) + timedelta(seconds=in_s)
         self.paths["spot/instance-action"] = json.dumps({"action": action, "time": _iso(end)})
         return end
 

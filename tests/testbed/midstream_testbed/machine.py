@@ -181,9 +181,10 @@ class Host(Namespace):
         self.netlink(body)
         self.sysctl({f"ipv4/conf/{eni.name}/rp_filter": 2})
 
-    def add_pod(self, name: str, *, may_connect: bool = False, ecn: int = 0) -> Pod:
-        """A pod as the VPC CNI places it. `may_connect` lifts the policy against connections it begins."""
-        pod = Pod(self, name, next(self._pod_numbers))
+    def add_pod(self, name: str, *, may_connect: bool = False, ecn: int = 0, uid: str = "") -> Pod:
+        """A pod as the VPC CNI places it. `may_connect` lifts the policy against connections it begins; `uid` is the
+        API server's, where there is one."""
+        pod = Pod(self, name, next(self._pod_numbers), uid)
         self.pods[name] = pod
         try:
             pod.plumb(ecn)
@@ -230,10 +231,10 @@ class Pod(Namespace):
     `popen(uid=N)` drops to a user.
     """
 
-    def __init__(self, host: Host, name: str, number: int) -> None:
+    def __init__(self, host: Host, name: str, number: int, uid: str = "") -> None:
         self.host = host
         self.number = number
-        self.uid = str(uuid.uuid4())
+        self.uid = uid or str(uuid.uuid4())
         self.ipv4, self.ipv6 = host.vpc.pod_addresses(host.number, number)
         digest = hashlib.sha1(f"{host.vpc.prefix}.{host.name}.{name}".encode()).hexdigest()
         self.host_ifname = f"eni{digest[:11]}"

@@ -73,6 +73,7 @@ def _figures(r: dict[str, Any], paint: _Paint) -> list[str]:
     stall = r["stall_ms"]
     good = "IDENTICAL to the answers without a migration" if r["ok"] else "FAILED: " + "; ".join(why_failed(r))
     return [
+        *_notice(r),
         f"  clients        {r['streams']}, of which {r['migrated_streams'] - r['uploads']} were moved in mid-answer",
         f"  uploads        {r['uploads_answered']} of {r['uploads']} requests that were still being sent were answered",
         f"  tokens         {r['tokens']} of {r['tokens_expected']}, "
@@ -89,6 +90,20 @@ def _figures(r: dict[str, Any], paint: _Paint) -> list[str]:
         "of the answer had come",
         "",
         "  " + paint("1;32" if r["ok"] else "1;31", good),
+    ]
+
+
+def _notice(r: dict[str, Any]) -> list[str]:
+    """Who had it begin, where nobody did."""
+    notice = r.get("notice")
+    if not notice:
+        return []
+    return [
+        f"  notice         {notice['kind']} by {notice['source']} ({notice['action']} in {notice['seconds']:g} s); "
+        f"MigrationJobs: {notice['jobs']}",
+        f"  in time        from the notice to PAUSE {notice['notice_to_pause_ms']:.0f} ms; "
+        f"{notice['left_at_release_s']:.1f} s were left when the source had let go",
+        f"  the plan       {notice['plan']}",
     ]
 
 
@@ -109,5 +124,15 @@ def why_failed(r: dict[str, Any]) -> list[str]:
             r["migrated_streams"] != r["streams"] + r["uploads"]
         ),
         "the source was deleted too late to prove anything": r["source_deleted_at_share"] >= 2 / 3,
+        **_untimely(r.get("notice")),
     }
     return [words for words, wrong in reasons.items() if wrong]
+
+
+def _untimely(notice: dict[str, Any] | None) -> dict[str, bool]:
+    if notice is None:
+        return {}
+    return {
+        "the source had not let go when it was terminated": notice["left_at_release_s"] <= 0,
+        f"the notice made {notice['jobs']} MigrationJobs": notice["jobs"] != 1,
+    }

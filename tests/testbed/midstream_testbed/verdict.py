@@ -149,4 +149,5 @@ def nothing_lost(result: dict[str, Any]) -> bool:
         and result["uploads_answered"] == result["uploads"]
         and result["migrated_streams"] == result["streams"] + result["uploads"]
         and result["source_deleted_at_share"] < 2 / 3
+        and ("notice" not in result or (result["notice"]["left_at_release_s"] > 0 and result["notice"]["jobs"] == 1))
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -204,6 +206,29 @@ def test_a_reset_is_told_to_the_handler() -> None:
             assert p.forgotten == [p.connection]
 
     run(body)
+
+
+def test_a_stream_that_has_left_is_freed_at_once() -> None:
+    """Without the garbage collector, which may not come by for many migrations."""
+
+    class Knowing(Recorder):
+        def __init__(self, connection: Connection) -> None:
+            super().__init__()
+            self.connection = connection
+
+    async def body() -> None:
+        async with pair() as p:
+            p.connection.handler = Knowing(p.connection)
+            handler = weakref.ref(p.connection.handler)
+            p.connection.freeze()
+            p.connection.drop()
+            assert handler() is None
+
+    gc.disable()
+    try:
+        run(body)
+    finally:
+        gc.enable()
 
 
 def test_queued_bytes_counts_what_the_client_has_not_taken() -> None:

@@ -80,7 +80,11 @@ async def ends(
         made.settled.append(made.receiver.landed_ids())
 
     server = KvServer("127.0.0.1", settings, files["node-b"] if settings.tls else None)
-    receiver = KvReceiver("job", "node-a", target, have, settle, settings.answer_s, verify=verify)
+    async def end() -> None:
+        server.forget(receiver)
+        await receiver.close()
+
+    receiver = KvReceiver("job", "node-a", target, have, settle, end, settings.answer_s, verify=verify)
     receiver.add_slots(list(range(slots - 1, -1, -1)))
     server.expect(receiver)
     where = Target(target_name, "127.0.0.1", server.port, ticket or receiver.ticket)

@@ -10,16 +10,18 @@ import os
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gateway_pair import MODEL, Client, completion, connect_engine, request
 from kv_ends import certificates
+from midstream_agent.contract import agent_pb2 as pb
 from midstream_agent.handoff import HandoffClient
 from midstream_agent.kv import Geometry, PoolView
 from midstream_agent.kv_receive import KvServer
-from midstream_agent.kv_send import KvSender, Target
+from midstream_agent.kv_send import Target
+from midstream_agent.kv_source import KvSource
 from midstream_agent.kv_target import KvTarget
 from midstream_agent.precopy import PreCopy
 from midstream_agent.settings import Kv
@@ -43,6 +45,12 @@ class Pod:
     view: PoolView
     port: int
     clients: list[Client] = field(default_factory=list)
+
+    def kv_connection(self) -> HandoffClient:
+        """One more of the agent's, as each job has one for KV."""
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect(self.handoff.path)
+        return HandoffClient(sock, timeout_s=30)
 
     async def ask(self, prompt: str, tokens: int, **more: Any) -> Client:
         reader, writer = await asyncio.open_connection(LOOPBACK, self.port, limit=1 << 24)
@@ -101,24 +109,33 @@ class Move:
     b: Pod
     server: KvServer
     target: KvTarget
-    sender: KvSender
-    copy: PreCopy
+    source: KvSource
+    report: pb.KvCounts
     ids: list[int] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)
-    sent_bytes: int = 0
 
-    async def rounds(self) -> None:
-        await self.copy.run([LOOPBACK])
+    @property
+    def copy(self) -> PreCopy:
+        return self.source.copy
 
-    async def switch(self, *, slots: list[int] | None = None, flip: bool = False) -> None:
-        """PAUSE to ACTIVATE. `slots` instead of those where the blocks came; `flip`: damage one of them, after it was
-        verified."""
+    async def rounds(self, deadline_unix_ms: int = 0) -> None:
+        await self.source.copy_ahead([LOOPBACK], lambda: False, deadline_unix_ms)
+
+    async def switch(
+        self, *, slots: list[int] | None = None, flip: Literal["", "before it is sent", "after it came"] = ""
+    ) -> None:
+        """PAUSE to ACTIVATE. `slots` instead of those where the blocks came; `flip`: damage the second block."""
         paused = await self.a.agent.ask("pause", {"job": "j", "addresses": [LOOPBACK]})
         fds = paused.take_fds()
-        self.ids = await self.copy.tail(paused.header["kv"])
+        second = int(paused.header["kv"][1]["slot"])
+        if flip == "before it is sent":
+            _flip(self.a.view, second)
+        self.ids = await self.source.tail(paused.header["kv"])
+        if flip == "before it is sent":
+            _flip(self.a.view, second)  # as it was: the source keeps it as cache
         self.slots = await self.target.slots_for(self.ids) if slots is None else slots
-        if flip:
-            self._flip(self.slots[1])
+        if flip == "after it came":
+            _flip(self.b.view, self.slots[1])
         blanks = await self.b.agent.ask("blank", {"job": "j", "families": [4] * len(fds)})
         blanks.close()
         for fd, blank in zip(fds, self.b.handoff._jobs["j"].blanks, strict=True):
@@ -129,30 +146,27 @@ class Move:
         await self.a.agent.ask("release", {"job": "j"})
         await self.b.agent.ask("activate", {"job": "j"})
 
-    def _flip(self, slot: int) -> None:
-        with self.b.view.place(slot, self.b.view.geometry.slot_bytes)[1] as place:
-            for at in range(1, len(place), 2):  # the high bytes of float16: small changes would be lost in rounding
-                place[at] ^= 0x40
-
     async def close(self) -> None:
-        await self.sender.close()
+        await self.source.close()
         await self.target.close()
-        await self.copy.end()
         await self.server.close()
 
 
+def _flip(view: PoolView, slot: int) -> None:
+    with view.place(slot, view.geometry.slot_bytes)[1] as place:
+        for at in range(1, len(place), 2):  # the high bytes of float16: small changes would be lost in rounding
+            place[at] ^= 0x40
+
+
 @asynccontextmanager
-async def moving(
-    folder: Path, a: Pod, b: Pod, settings: Kv = KV, *, spare: int = 8, source_version: int = wire.VERSION,
-    target_version: int = wire.VERSION,
-) -> AsyncIterator[Move]:  # fmt: skip
+async def moving(folder: Path, a: Pod, b: Pod, settings: Kv = KV, *, spare: int = 8) -> AsyncIterator[Move]:
     files = certificates(folder / "pki", "node-a", "node-b")
     server = KvServer(LOOPBACK, settings, files["node-b"] if settings.tls else None)
-    target = KvTarget(server, settings, b.agent, "j", "node-a", b.view, target_version)
+    target = KvTarget(server, settings, b.kv_connection(), "j", "node-a", b.view)
     where = Target("node-b", LOOPBACK, server.port, target.ticket)
-    sender = KvSender(replace(settings, port=server.port), files["node-a"], "j", where, a.view)
-    copy = PreCopy(settings, a.agent, "j", a.view, sender, source_version)
-    move = Move(a, b, server, target, sender, copy)
+    report = pb.KvCounts()
+    source = KvSource(settings, files["node-a"], a.kv_connection(), "j", a.view, where, report)
+    move = Move(a, b, server, target, source, report)
     try:
         await target.reserve(spare)
         yield move

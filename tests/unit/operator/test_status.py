@@ -102,7 +102,9 @@ def test_the_report_becomes_figures() -> None:
     report = pb.JobReport(
         streams=pb.StreamCounts(total=5, migrated=3, rolled_back=1, lost=0, unmovable=1),
         unmovable_reasons=["NotOnFloatingIP", "NotOnFloatingIP"],
-        kv=pb.KvCounts(bytes_total=10, bytes_sent=8, rounds=2),
+        kv=pb.KvCounts(
+            bytes_total=10, bytes_sent=8, rounds=2, bytes_shared=1, blocks_recomputed=3, reason="pool_full"
+        ),
         hold_ms=3.25,
         steps=[
             pb.StepTiming(name="MOVE_ADDRESS", took_ms=1.5, outcome="done"),
@@ -116,7 +118,9 @@ def test_the_report_becomes_figures() -> None:
     assert d.status["streams"] == {
         "total": 5, "migrated": 3, "rolledBack": 1, "lost": 0, "unmovable": 1, "unmovableReasons": ["NotOnFloatingIP"],
     }  # fmt: skip
-    assert d.status["kv"] == {"bytesTotal": 10, "bytesSent": 8, "rounds": 2}
+    assert d.status["kv"] == {
+        "bytesTotal": 10, "bytesSent": 8, "bytesShared": 1, "rounds": 2, "blocksRecomputed": 3, "reason": "PoolFull",
+    }  # fmt: skip
     assert d.status["timings"] == {"moveAddress": 1.5, "commit": 3.0, "holdUndo": 0.5, "hold": 3.25}
     assert d.status["stall"]["max"] == 3.25
 

@@ -1,0 +1,99 @@
+"""The target's node dies after streams have moved to it, for good, before their address has: what had moved is lost by
+name, everything else goes on at the source, and new clients find the pod there.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from midstream_testbed.fleet import Fleet
+from midstream_testbed.vpc import Vpc
+from ownership_replay import DECLARE_GONE
+from remains import entries
+from world import V4, V6, Clients, World
+
+CLIENTS = 6
+BATCH = 4  # of twelve streams
+OPTIONS = ("--batch-streams", str(BATCH), "--parallel-batches", "1", "--peer-reply-s", "2", "--address-confirm-s", "2")
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    with Vpc.create() as vpc, Fleet(vpc, tmp_path, steer=True) as fleet:
+        yield World.build(vpc, fleet, *OPTIONS)
+
+
+def start(world: World) -> list[Clients]:
+    kind: dict[str, Any] = {"kind": "both", "size": 1_500_000, "seconds": 4.0, "spread_s": 0.05, "idle_s": 15}
+    clients = [world.clients(world.outside, CLIENTS, 7, address=a, **kind) for a in (V4, V6)]
+    for address in (V4, V6):
+        world.wait_streams(address, CLIENTS)
+    return clients
+
+
+def lose_target(world: World, node: str, where: str) -> dict[str, Any]:
+    """A move during which the target's node dies while `node` is at a failpoint, and the operator tells the source; the
+    job's report."""
+    world.agent(node).arm(f"{where}={'wait' if node == 'node-a' else 'delay:60000'}")
+    with ThreadPoolExecutor() as pool:
+        ends = pool.submit(world.hop, "--job", "gone")
+        world.wait_fired(node, where)
+        world.b.delete()
+        argv = [sys.executable, "-c", DECLARE_GONE, str(world.fleet.inventory), "node-a", "gone", "node-b"]
+        world.fleet.operator.run(argv, env=world.fleet.env())
+        world.agent("node-a").arm("source.RELEASE.do.after=delay:0")  # go on, if it waits
+        report = ends.result()
+    assert (report["phase"], report["reason"]) == ("PHASE_FAILED", "target_lost"), report["output"]
+    return report
+
+
+def served(world: World) -> int:
+    """New clients of both families that are served, of four."""
+    groups = [world.clients(world.outside, 2, 90, address=a, seconds=0.2, size_log10=(3, 4)) for a in (V4, V6)]
+    return sum(int(g.finish()["ok"]) for g in groups)
+
+
+def counts(report: dict[str, Any]) -> tuple[int, int, int]:
+    """Streams migrated, lost, rolled back."""
+    migrated, lost, back = (int(report["streams"].get(k, 0)) for k in ("migrated", "lost", "rolledBack"))
+    return migrated, lost, back
+
+
+def wait_nothing_held(world: World) -> None:
+    """At the source, once late packets can no longer come."""
+    end = time.monotonic() + 10
+    while any((held := entries(world.agent("node-a").bpffs)).values()):
+        if time.monotonic() > end:
+            raise AssertionError(f"left: {held}")
+        time.sleep(0.1)
+
+
+def finish(clients: list[Clients]) -> int:
+    return sum(int(c.finish()["ok"]) for c in clients)
+
+
+@pytest.mark.parametrize(
+    ("node", "where", "moved"),
+    [
+        ("node-a", "source.OPEN.do.before", BATCH),  # of a second batch
+        ("node-a", "source.FOLLOW.do.before", 2 * CLIENTS),
+        ("node-b", "target.MOVE_ADDRESS.do.before", 0),  # beside the batches: how many is chance
+        ("node-b", "target.MOVE_ADDRESS.do.after", 0),  # the network brings the address to a node that has gone
+    ],
+)
+def test_the_job_ends_and_the_source_serves_what_is_left(world: World, node: str, where: str, moved: int) -> None:
+    clients = start(world)
+    migrated, lost, back = counts(lose_target(world, node, where))
+    assert migrated == 0
+    assert lost >= BATCH
+    assert lost + back == 2 * CLIENTS
+    assert not moved or lost == moved
+    assert served(world) == 4
+    assert finish(clients) == back
+    wait_nothing_held(world)
