@@ -230,6 +230,15 @@ class Place:
     def phase(self, name: str) -> str:
         return str(self.job(name).get("status", {}).get("phase", ""))
 
+    def wait_ended(self, name: str) -> Json:
+        """The status in which the job has ended."""
+
+        def look() -> Json:
+            status: Json = self.job(name).get("status", {})
+            return status if "completionTime" in status else {}
+
+        return wait_for(f"the end of job {name}", look, 90)
+
     def events(self, kind: str, name: str) -> list[str]:
         found = self.get("events", f"--field-selector=involvedObject.kind={kind},involvedObject.name={name}")["items"]
         return [e["reason"] for e in sorted(found, key=lambda e: int(e["metadata"]["resourceVersion"]))]

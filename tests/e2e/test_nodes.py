@@ -37,6 +37,15 @@ def references(world: World, place: Place, tmp_path_factory: pytest.TempPathFact
     return traffic.references
 
 
+@pytest.fixture(autouse=True)
+def tell_of_a_failure(request: pytest.FixtureRequest, world: World) -> Iterator[None]:
+    """What the cluster has to say, while it is still there."""
+    before = request.session.testsfailed
+    yield
+    if request.session.testsfailed > before:
+        world.tell()
+
+
 @pytest.fixture
 def traffic(world: World, place: Place, references: list[Answer], tmp_path: Path) -> Traffic:
     """To two Ready pods on two nodes, one with the address."""
@@ -58,7 +67,8 @@ def test_a_job_moves_the_streams_of_a_pod(place: Place, traffic: Traffic) -> Non
         traffic.wait_under_way(traffic.start())
         source, target = place.holder(), place.spare()
         name = place.create(migration_job(source["metadata"]["name"]))
-        place.kubectl("wait", "--for=condition=Complete", f"mj/{name}", "--timeout=60s")
+        assert place.wait_ended(name)["phase"] == "Succeeded", place.job(name)["status"]
+        place.kubectl("wait", "--for=condition=Complete", f"mj/{name}", "--timeout=1s")
         assert any(s.process.poll() is None for s in traffic.streams), "the answers had ended before the job"
         place.kubectl("delete", "pod", source["metadata"]["name"], "--grace-period=0", "--force")
         traffic.finish()
@@ -120,12 +130,13 @@ def test_a_death_in_mid_job_harms_no_stream(world: World, place: Place, traffic:
                 place.kubectl("delete", "pod", pod, "--grace-period=0", "--force")
             else:
                 world.kill("agent" if victim == "source agent" else "operator", node)
-            place.kubectl("wait", "--for=condition=Complete", f"mj/{name}", "--timeout=90s", timeout_s=100)
+            status = place.wait_ended(name)
+            assert status["phase"] == "Succeeded", status
             traffic.finish()
             assert_nothing_happened(traffic, capture)
     finally:
         world.vpc.fabric.move_seconds = 0.0
-    assert place.job(name)["status"]["streams"]["lost"] == 0
+    assert status["streams"]["lost"] == 0
     assert place.holder()["spec"]["nodeName"] != node
 
 

@@ -76,12 +76,12 @@ class Traffic:
             time.sleep(0.05)
 
     def keep_going(self, until: Callable[[], bool]) -> None:
-        """One more client every half second, as long as something goes on."""
+        """One more client every second and a half, as long as something goes on."""
         end = time.monotonic() + PATIENCE_S
         while not until():
             assert time.monotonic() < end, "it goes on for ever"
             self.start(1)
-            time.sleep(0.5)
+            time.sleep(1.5)
 
     def finish(self) -> None:
         for stream in self.streams:
