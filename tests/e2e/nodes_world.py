@@ -65,7 +65,7 @@ class World:
                 raise
 
     def add_nodes(self, *names: str) -> None:
-        store = images.prepared(["pause", "operator", "agent", "builtin"])
+        store = images.prepared(["pause", "operator", "agent", "runtime", "builtin"])
         for name in names:
             host = self.vpc.host(name)
             self.nodes[name] = KubeNode(self.plane, host, store, labels={"topology.kubernetes.io/zone": "zone-1"})
