@@ -9,6 +9,8 @@ export PYTHONPATH := $(CURDIR)/operator:$(CURDIR)/agent:$(CURDIR)/runtime:$(CURD
 export PYTHONDONTWRITEBYTECODE := 1
 PYTEST = $(DEV) -m pytest --junitxml=build/junit/$@.xml
 
+GPU_PYTEST := -c /dev/null --rootdir=. --confcutdir=tests/gpu --import-mode=importlib -p no:cacheprovider -rs
+
 SETUP_DEMO := run build bpf net
 SETUP_TEST := dev build bpf net
 DEMO := $(RUN) -m midstream_testbed.demo
@@ -20,7 +22,7 @@ DEMO := $(DEV) -m midstream_testbed.spot
 demo: kube
 endif
 PRODUCT := operator/midstream_cli operator/midstream_operator agent/midstream_agent runtime/midstream_runtime tests/testbed/midstream_testbed
-TEST_FOLDERS := unit unit/engine unit/gateway unit/handoff unit/kv unit/vllm unit/operator unit/spot contract bpf csrc net cluster e2e vllm bench
+TEST_FOLDERS := unit unit/engine unit/gateway unit/handoff unit/kv unit/vllm unit/operator unit/spot contract bpf csrc net cluster e2e vllm gpu bench
 C_FILES := csrc/src/*.[ch] csrc/include/*.h csrc/fuzz/*.c bpf/*.[ch] tests/bench/*.c
 
 .PHONY: help demo build kube images test lint bench clean-testbed proto setup-demo setup-test wheel \
@@ -86,8 +88,8 @@ test-vllm: setup-test build ## With a stock vLLM on the CPU (6 GB, the first tim
 	@scripts/setup.sh vllm
 	$(PYTEST) tests/vllm
 
-test-gpu: ## Where there is a GPU (no tests yet)
-	@echo "test-gpu: there is no CUDA code of ours yet but the engine's --device, so nothing to test"
+test-gpu: $(if $(GPU_PYTHON),,setup-test) ## KV between GPU and pool; GPU_PYTHON=python3: one with torch, transformers, pytest
+	$(if $(GPU_PYTHON),PYTHONPATH=runtime $(GPU_PYTHON) -m pytest $(GPU_PYTEST),$(PYTEST)) tests/gpu
 
 bench: setup-test build ## All benchmarks; figures beside their goals, JSON under build/bench
 	@scripts/setup.sh inspect

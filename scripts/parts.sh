@@ -6,10 +6,10 @@ cd "$(dirname "$0")/.."
 
 declare -A limit_s=(
   [test-unit]=1200 [test-contract]=300 [test-csrc]=1200 [test-bpf]=900 [test-net]=2700 [test-e2e]=1500
-  [test-cluster]=1800 [test-vllm]=1200
+  [test-cluster]=1800 [test-vllm]=1200 [test-gpu]=600
 )
 case ${1:-} in
-  test) parts=(test-unit test-contract test-csrc test-bpf test-net test-e2e test-cluster test-vllm) ;;
+  test) parts=(test-unit test-contract test-csrc test-bpf test-gpu test-net test-e2e test-cluster test-vllm) ;;
   bench) parts=(); for file in tests/bench/bench_*.py; do parts+=("$file"); done ;;
   *) echo "usage: scripts/parts.sh test|bench" >&2; exit 2 ;;
 esac

@@ -16,6 +16,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from midstream_runtime.contract import pool
 from midstream_runtime.contract.errors import Final
 
 F_GET_SEALS, F_SEAL_SHRINK = 1034, 0x0002
@@ -82,6 +83,14 @@ class PoolView:
         if digest(data) != checksum:
             raise Final("kv_checksum", f"KV block for slot {slot} does not match its checksum: recompute")
         self._slice(slot, len(data))[:] = data
+
+    def free_slots(self) -> int:
+        """By the pod's own index (contract/pool.py). A number of this moment, and the pod's word."""
+        first = pool.HEADER_BYTES + pool.STATE_OFFSET
+        if pool.HEADER_BYTES + self.geometry.slots * pool.ENTRY_BYTES > self.geometry.data_offset:
+            raise Final("pool_malformed", "the pod's KV pool has no room for its index")
+        states = self._view[first : first + self.geometry.slots * pool.ENTRY_BYTES : pool.ENTRY_BYTES]
+        return bytes(states).count(pool.SlotState.FREE)
 
     def place(self, slot: int, length: int) -> tuple[int, memoryview]:
         """Offset of the slot in the pool's fd, and its bytes in place. The caller releases the view."""

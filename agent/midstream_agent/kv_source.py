@@ -99,6 +99,11 @@ class KvSource:
         trouble = copy.trouble.code if copy.trouble and copy.trouble.code != "aborted" else ""
         report.reason = report.reason or trouble or next(iter(failures), "")
 
+    @property
+    def bytes_per_s(self) -> float:
+        """What the network took; 0: too little was sent to tell."""
+        return self._sender.bytes_per_s or self.copy.progress.bytes_per_s
+
     def summary(self) -> str:
         copy = self.copy
         sent, shared, rate = (x / 1e6 for x in (copy.sent_bytes, copy.shared_bytes, copy.progress.bytes_per_s))
@@ -118,6 +123,8 @@ class KvSource:
             self._handoff.close()
 
 
-def settings_for(settings: Kv, mode: pb.KvMode.ValueType) -> Kv:
-    """Copy: KV goes also where computing it again would be sooner."""
-    return replace(settings, prefill_tokens_per_s=0) if mode == pb.KV_MODE_COPY else settings
+def settings_for(settings: Kv, request: pb.MigrateRequest) -> Kv:
+    """The job's own limit, where it is lower; and with Copy, KV goes also where computing it again would be sooner."""
+    limits = [limit for limit in (settings.bytes_per_s, request.kv_bytes_per_s) if limit]
+    prefill = 0.0 if request.kv_mode == pb.KV_MODE_COPY else settings.prefill_tokens_per_s
+    return replace(settings, bytes_per_s=min(limits, default=0), prefill_tokens_per_s=prefill)

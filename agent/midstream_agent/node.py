@@ -93,6 +93,8 @@ class Node:
     """By addresses: entries that stay for late packets after a job, and what ends them."""
     notices: Board = field(default_factory=Board)
     metrics: Metrics = field(default_factory=Metrics)
+    kv_bytes_per_s: float = 0.0
+    """What the network took in the last KV copy from here; 0: none was made yet."""
     _epochs: dict[str, int] = field(default_factory=dict)
 
     @classmethod

@@ -14,6 +14,7 @@ from midstream_agent.contract import agent_pb2_grpc as rpc
 from midstream_agent.jobs import SourceJobs
 from midstream_agent.node import Node
 from midstream_agent.notices import NoticesMixin
+from midstream_agent.survey import survey
 from midstream_agent.target import TargetJobs
 
 
@@ -116,6 +117,14 @@ class AgentService(NoticesMixin, rpc.AgentServicer):
     async def Doctor(self, request: pb.DoctorRequest, context: Any) -> pb.DoctorReply:
         await self._admit(context)
         return pb.DoctorReply(findings=await doctor.examine(self._node, request.peers))
+
+    async def Survey(self, request: pb.SurveyRequest, context: Any) -> pb.SurveyReply:
+        await self._admit(context)
+        try:
+            return await survey(self._node, request.pod.uid)
+        except (MidstreamError, OSError) as e:
+            await _refuse(context, e)
+        return pb.SurveyReply()
 
     async def _admit(self, context: Any) -> None:
         names = tls.names_of(context)

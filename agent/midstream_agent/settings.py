@@ -80,7 +80,7 @@ class Limits:
     """Bounds on what a pod or a peer may make this agent hold in memory."""
 
     streams_per_job: int = 20_000
-    batch_streams: int = 128  # a client waits for its batch: about 20 ms for so many
+    batch_streams: int = 64  # a client waits for its batch: 20 to 25 ms for so many, with another one beside it
     parallel_batches: int = 2  # one is restored while the next is frozen
     message_bytes: int = 256 << 20
     jobs_remembered: int = 64

@@ -410,7 +410,7 @@ def _open_copy(job: SourceJob, pool: PoolView, prepared: pb.PeerPrepared) -> KvS
     at, _ = job.live_pod()
     node, to = job.node, job.request.target_node
     target = Target(to.name, host_of(to.endpoint), prepared.kv_port, prepared.kv_ticket)
-    settings = settings_for(node.kv, job.request.kv_mode)
+    settings = settings_for(node.kv, job.request)
     sock = pods.connect_handoff(at.pod, node.settings.handoff_path)
     handoff = HandoffClient(sock, node.settings.timeouts.handoff_s)
     try:
@@ -424,6 +424,7 @@ async def end_copy(job: SourceJob) -> None:
     """Before the pool is closed. A batch leaves it to its job."""
     if job.copy is not None and job.parent is None:
         copy, job.copy = job.copy, None
+        job.node.kv_bytes_per_s = copy.bytes_per_s or job.node.kv_bytes_per_s
         await copy.close()
 
 
@@ -745,12 +746,14 @@ async def follow_address(job: SourceJob) -> None:
     timeouts = job.node.settings.timeouts
     patience_s = timeouts.address_confirm_s + timeouts.peer_reply_s
     if job.gone() or job.peer.rebooted:
-        _keep_addresses(job)
+        await _keep_addresses(job)
     try:
         asked = job.peer.answer(patience_s) if job.moving else job.peer.ask(_move_request(job), patience_s)
         reply = await asked
     except MidstreamError as e:
         job.moving = False
+        if e.code == "target_lost":
+            await _keep_addresses(job)
         count = len(job.moved_keys) // tcp.KEY_BYTES
         held = f"the {count} streams that have moved go through this node until the address has: keep it alive"
         raise Retryable(e.code, f"{e.message}; {held}") from e
@@ -758,9 +761,9 @@ async def follow_address(job: SourceJob) -> None:
     job.note("FOLLOW", "proved", f"path proved after {reply.address_moved.took_ms:.1f} ms: this node may go")
 
 
-def _keep_addresses(job: SourceJob) -> NoReturn:
-    """The target's node is gone, and with it what had moved there. All else is this node's again, also in the eyes of
-    a network that had begun to move the addresses, or was through."""
+async def _keep_addresses(job: SourceJob) -> NoReturn:
+    """The target's node is gone, or its pod, and with it what had moved there. All else is this node's again, also in
+    the eyes of a network that had begun to move the addresses, or was through."""
     assert job.transit is not None
     job.transit.stay()
     job.node.nic.announce(job.addresses)
@@ -770,8 +773,9 @@ def _keep_addresses(job: SourceJob) -> NoReturn:
     for batch in job.report.batches:
         if batch.outcome == "moved":
             batch.outcome, batch.reason = "lost", "target_lost"
-    raise Final("target_lost", f"the target's node is gone, and with it {job.report.streams.lost} streams that had "
-                "moved; all others and new connections are served by the source")  # fmt: skip
+    await say_finished(job)
+    raise Final("target_lost", f"the target is gone, and with it {job.report.streams.lost} streams that had moved; all "
+                "others and new connections are served by the source")  # fmt: skip
 
 
 async def let_go(job: SourceJob) -> None:
@@ -825,6 +829,8 @@ async def _wait_for_the_rest(job: SourceJob) -> None:
         if left != said:
             job.note("RELEASE", "waiting", f"{left} streams that do not move finish at the source, through the tunnel")
             said = left
+        if job.gone():
+            await _keep_addresses(job)
         try:
             job.check_abort()
         except Final as e:

@@ -12,6 +12,7 @@ gone) moves it on. A job that is only PREPARED is undone as soon as its session 
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import struct
@@ -298,7 +299,8 @@ class TargetJob:
 
     async def move_address(self, req: pb.PeerMoveAddress) -> pb.PeerAddressMoved:
         """Answer for the addresses from now on, and prove that the network agrees."""
-        assert self.at is not None
+        if self.at is None:
+            raise Final("target_lost", f"the pod of job {self.job_id} has gone, and with it what had moved to it")
         if self.state not in (RESTORED, ACTIVATED):
             raise Final("job_state", f"job {self.job_id} is {self.state} here: its addresses stay where they are")
         began = time.perf_counter()
@@ -459,13 +461,39 @@ class TargetJob:
         """Forget the job: nobody will ask for it again."""
         if self.kv is not None:
             await self.kv.close()
-        if self.state == ACTIVATED and self.transit is not None and self.parent is None:
-            self._settle()
+        if self.parent is None:
+            await self._settle_addresses()
         self._close_blanks()
         if self.journal is not None:
             self.journal.remove()
             self.journal = None
         self.close()
+
+    async def _settle_addresses(self) -> None:
+        try:
+            if self.state == ACTIVATED and self.transit is not None:
+                self._settle()
+            gone = self.at is None
+        except OSError as e:
+            if e.errno not in (errno.ENODEV, errno.EINVAL):
+                raise
+            log.warning("job %s: its pod has gone before its addresses had settled", self.job_id)
+            gone = True
+        if gone:
+            await self._let_addresses_go()
+
+    async def _let_addresses_go(self) -> None:
+        """Their pod has gone, and with it its link and all that was bound to it."""
+        node = self.node
+        keys = node.flows_of(self.addresses)
+        node.hold.delete_flows(keys, len(keys) // tcp.KEY_BYTES)
+        node.hold.delete_notes(keys, len(keys) // tcp.KEY_BYTES)
+        for address in self.addresses:
+            node.hold.del_addr(address)
+            node.hold.end_births(address)
+            if node.tunnel is not None:
+                node.routes.delete(address, node.tunnel.routed_index)
+            await node.net.run(node.net.del_rules, address)
 
     def count_further(self, streams: int) -> None:
         """A further batch is over; journalled, for whoever asks when the source cannot be asked any more."""

@@ -218,13 +218,7 @@ async def doctor(cluster: Cluster, args: argparse.Namespace, out: Out) -> int:
 async def _findings(cluster: Cluster) -> list[Json]:
     """From the operator; that none answers is a finding, too."""
     try:
-        # read as it is: the client would turn the JSON into Python's own notation
-        response = await cluster.core.connect_get_namespaced_service_proxy_with_path_without_preload_content(
-            SERVICE, cluster.operator_namespace, "doctor"
-        )
-        data = await response.read()
-        if response.status != 200:
-            raise client.ApiException(status=response.status, reason=response.reason, body=data.decode())
+        data = await _operator(cluster, "doctor")
     except client.ApiException as e:
         remedy = f"is it installed in namespace {cluster.operator_namespace} (--operator-namespace), and running?"
         if e.status == 403:
@@ -233,6 +227,29 @@ async def _findings(cluster: Cluster) -> list[Json]:
         return [{"node": "", "check": "operator", "severity": "error", "message": message, "remedy": remedy}]
     found: list[Json] = json.loads(data)["findings"]
     return found
+
+
+async def _operator(cluster: Cluster, path: str) -> str:
+    """What the operator answers, through the API server's proxy."""
+    # read as it is: the client would turn JSON into Python's own notation
+    response = await cluster.core.connect_get_namespaced_service_proxy_with_path_without_preload_content(
+        SERVICE, cluster.operator_namespace, path
+    )
+    data: str = (await response.read()).decode()
+    if response.status != 200:
+        raise client.ApiException(status=response.status, reason=response.reason, body=data)
+    return data
+
+
+async def plan(cluster: Cluster, args: argparse.Namespace, out: Out) -> int:
+    """As if the node's notice came now."""
+    try:
+        out(await _operator(cluster, f"plan/{args.node}/{max(0, args.seconds)}"))
+    except client.ApiException as e:
+        if e.status == 404 and str(e.body).startswith("unknown_node"):
+            raise UsageError(str(e.body)) from e
+        raise
+    return 0
 
 
 async def _bundle(cluster: Cluster, args: argparse.Namespace, findings: list[Json]) -> None:
@@ -269,7 +286,9 @@ async def _told(cluster: Cluster, ask: Callable[[], Awaitable[Any]]) -> str:
     return json.dumps(cluster.core.api_client.sanitize_for_serialization(answer), indent=1)
 
 
-COMMANDS = {"migrate": migrate, "attach": attach, "status": status, "abort": abort, "doctor": doctor}
+COMMANDS = {
+    "migrate": migrate, "attach": attach, "status": status, "plan": plan, "abort": abort, "doctor": doctor,
+}  # fmt: skip
 
 
 async def run(args: argparse.Namespace, out: Out = print) -> int:

@@ -1,4 +1,4 @@
-"""`midstream migrate POD [--to NODE]`, `status`, `abort`, `doctor`; installed as `kubectl midstream`, too.
+"""`midstream migrate POD [--to NODE]`, `status`, `plan NODE`, `abort`, `doctor`; installed as `kubectl midstream`, too.
 
 In a cluster they go through the Kubernetes API (cluster.py). With --inventory they speak to the agents themselves:
 the operator's word, given by hand, where there is no operator.
@@ -68,6 +68,9 @@ def parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="jobs, and why one failed or waits")
     status.add_argument("job", nargs="?", default="")
     status.add_argument("-A", "--all-namespaces", action="store_true", help="in a cluster")
+    plan = commands.add_parser("plan", help="in a cluster: what a notice would do to a node's streams now")
+    plan.add_argument("node")
+    plan.add_argument("--seconds", type=int, default=120, help="from the notice to the end of the node; default: 120")
     abort = commands.add_parser("abort", help="stop a job before its point of no return")
     abort.add_argument("job")
     doctor = commands.add_parser("doctor", help="what each node lacks, with the remedy")
@@ -202,7 +205,13 @@ async def doctor(inventory: Inventory, args: argparse.Namespace, out: Callable[[
     return 1 if bad else 0
 
 
-COMMANDS = {"migrate": migrate, "attach": attach, "status": status, "abort": abort, "doctor": doctor}
+async def plan(inventory: Inventory, args: argparse.Namespace, out: Callable[[str], Any] = print) -> int:
+    raise UsageError("the planner is the operator's: without a cluster say where to with `migrate POD --to NODE`")
+
+
+COMMANDS = {
+    "migrate": migrate, "attach": attach, "status": status, "plan": plan, "abort": abort, "doctor": doctor,
+}  # fmt: skip
 
 
 def _said(e: aio.AioRpcError) -> str:

@@ -134,16 +134,22 @@ class Interruptions:
         if pod is None:
             return
         body = job_body(pod, notice, step)
-        await self._until_done(lambda: self.ctx.kube.create(ours(JOBS, pod.namespace), body))
+        async with self.responder.turn(pod.uid):
+            if any(run.pod_uid == pod.uid for run in self.jobs.runs.values()):
+                return  # an eviction was quicker
+            made = await self._until_done(lambda: self.ctx.kube.create(ours(JOBS, pod.namespace), body))
+            if made is not None:
+                self.jobs.seen(made)
 
-    async def _until_done(self, request: Callable[[], Awaitable[Json]]) -> None:
-        """409: the job is there already; 404: it has just gone."""
+    async def _until_done(self, request: Callable[[], Awaitable[Json]]) -> Json | None:
+        """None where there is nothing to do: the job is there already (409), or has just gone (404)."""
         timeouts = self.ctx.settings.timeouts
         try:
-            await until_done(request, timeouts.retry_s, timeouts.retry_max_s, refused=(CONFLICT, NOT_FOUND))
+            return await until_done(request, timeouts.retry_s, timeouts.retry_max_s, refused=(CONFLICT, NOT_FOUND))
         except KubeError as e:
             if e.status not in (CONFLICT, NOT_FOUND):
                 raise
+        return None
 
     async def _taint(self, step: Taint) -> None:
         """NoSchedule: nothing new comes; who serves there goes on. Our own view knows it before the watch does."""
@@ -194,6 +200,5 @@ def _serving(pod: Pod) -> Serving:
 
 def _moving(run: Run) -> Moving:
     annotations = run.obj["metadata"].get("annotations") or {}
-    uid = run.source_uid or str((run.obj["metadata"].get("labels") or {}).get("midstream.dev/pod-uid", ""))
     committed = run.spec.reason is Reason.REBALANCE and annotations.get(ANNOTATION_COMMIT) == "true"
-    return Moving(run.namespace, run.name, uid, run.target_node, run.spec.reason, run.draft.phase, committed)
+    return Moving(run.namespace, run.name, run.pod_uid, run.target_node, run.spec.reason, run.draft.phase, committed)

@@ -9,14 +9,17 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from midstream_operator import planning
 from midstream_operator.context import Context
 from midstream_operator.errors import Final
 from midstream_operator.floating import FloatingIPs
 from midstream_operator.kube import KubeError, ours
-from midstream_operator.model import JOBS, Json, Phase, Reason, now, phase_of
-from midstream_operator.picker import Scene
+from midstream_operator.model import JOBS, FipSpec, Json, Phase, Provider, Reason, Switchover, now, phase_of
+from midstream_operator.picker import Scene, refusal
+from midstream_operator.plan_model import Switchover as PlanSwitchover
 from midstream_operator.retention import Finished, expired
 from midstream_operator.run import Run
 from midstream_operator.tasks import Tasks
@@ -177,9 +180,10 @@ class Jobs:
 
     def scene(self, run: Run, source: Pod) -> Scene:
         """What the choice of a target depends on, now."""
+        return self._scene(source, [s for u, s in self.slots.items() if u != run.uid])
+
+    def _scene(self, source: Pod, others: Sequence[Slot]) -> Scene:
         view = self.ctx.view
-        mine = run.uid
-        others = [s for u, s in self.slots.items() if u != mine]
         return Scene(
             pods=list(view.pods_of(source.namespace)),
             nodes=view.nodes,
@@ -190,6 +194,34 @@ class Jobs:
             addresses=self.fips.addresses_per_pod(),
             incoming=Counter(s.target for s in others if s.target),
         )
+
+    # -- plans ---------------------------------------------------------------------------------------------
+
+    async def reckon(self, run: Run, source: Pod, target: Pod) -> planning.Reckoning:
+        switchover = PlanSwitchover.WAIT if run.spec.switchover is Switchover.WAIT else PlanSwitchover.STEER
+        sharing = max(1, sum(s.node == source.node for s in self.slots.values()))
+        by_api = self._by_api([source])
+        return await planning.for_job(self.ctx, source, target, run.spec.deadline, switchover, by_api, sharing)
+
+    def node_facts(self, node: str) -> planning.NodeFacts:
+        """For a plan of a node that nobody has given notice of."""
+        view, held = self.ctx.view, self.fips.addresses_per_pod()
+        if node not in view.nodes:
+            raise Final("unknown_node", f"there is no node {node}, or it is not among those that the operator watches")
+        pods = sorted((p for p in view.pods.values() if p.node == node and held[p.uid]), key=lambda p: p.name)
+        others = {p.uid: self._takers(p) for p in pods}
+        return planning.NodeFacts(node, pods, others, self._by_api(pods))
+
+    def _takers(self, source: Pod) -> list[Pod]:
+        slots = self.slots.values()
+        scene = self._scene(source, [s for s in slots if s.pod_uid != source.uid])
+        pods = (p for p in scene.pods if p.uid != source.uid and not refusal(source, p, scene))
+        return sorted(pods, key=lambda p: (scene.addresses.get(p.uid, 0), p.name))
+
+    def _by_api(self, pods: Iterable[Pod]) -> bool:
+        """Whether a cloud's API moves their addresses."""
+        fips = [fip for pod in pods for fip in self.fips.on_pod(pod.uid)]
+        return any(FipSpec.of(fip).provider == Provider.EC2 for fip in fips)
 
     def _zone(self, source: Pod) -> str:
         zones = {self.fips.checked_pool(f).zone for f in self.fips.on_pod(source.uid)} - {""}

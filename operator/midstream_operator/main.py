@@ -28,7 +28,7 @@ import uvloop
 import yaml
 from aiohttp import web
 
-from midstream_operator import certificates, handlers, http, logs, webhook
+from midstream_operator import certificates, handlers, http, logs, planning, webhook
 from midstream_operator.agents import Agents
 from midstream_operator.authority import Pair
 from midstream_operator.context import Context
@@ -106,7 +106,8 @@ class Operator:
         """Until a signal, or until a part of it ends."""
         settings, kube, timeouts = self.ctx.settings, self.ctx.kube, self.ctx.settings.timeouts
         hook = await self._webhook()
-        runner = await http.serve(settings.http_port, self.ctx.metrics, self.ready, Doctor(self.ctx, self.fips).report)
+        report = Doctor(self.ctx, self.fips).report
+        runner = await http.serve(settings.http_port, self.ctx.metrics, self.ready, report, self.plan)
         watch = kopf.operator(
             registry=handlers.registry(self.jobs, self.fips),
             settings=handlers.settings(timeouts),
@@ -133,6 +134,9 @@ class Operator:
             await runner.cleanup()
             if hook is not None:
                 await hook.cleanup()
+
+    async def plan(self, node: str, seconds: float) -> str:
+        return await planning.for_node(self.ctx, self.jobs.node_facts(node), seconds)
 
     async def _webhook(self) -> web.AppRunner | None:
         if not self.ctx.settings.webhook.port:

@@ -104,7 +104,7 @@ class JobSpec:
     reason: Reason
     deadline: datetime | None
     kv_mode: KvMode
-    kv_max_bandwidth: str
+    kv_bytes_per_s: int
     switchover: Switchover
     max_stall_ms: float | None
     on_failure: OnFailure
@@ -124,7 +124,7 @@ class JobSpec:
             reason=Reason(spec.get("reason", Reason.MANUAL)),
             deadline=parse_time(spec["deadline"]) if spec.get("deadline") else None,
             kv_mode=KvMode(kv.get("mode", KvMode.AUTO)),
-            kv_max_bandwidth=str(kv.get("maxBandwidth", "")),
+            kv_bytes_per_s=bytes_of(str(kv.get("maxBandwidth", 0))),
             switchover=Switchover(spec.get("switchover", Switchover.AUTO)),
             max_stall_ms=duration_ms(spec["maxStall"]) if spec.get("maxStall") else None,
             on_failure=OnFailure(spec.get("onFailure", OnFailure.KEEP_SOURCE)),
@@ -196,6 +196,15 @@ def format_time(at: datetime) -> str:
 
 def now() -> datetime:
     return datetime.now(UTC)
+
+
+_SUFFIXES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
+
+
+def bytes_of(quantity: str) -> int:
+    """What the CRD lets through: a whole number with one of Kubernetes' suffixes."""
+    number = quantity.rstrip("kKMGi")
+    return int(number) * _SUFFIXES[quantity[len(number) :]]
 
 
 def duration_ms(text: str) -> float:

@@ -48,6 +48,7 @@ class Costs:
     switch_stream_s: float = 0.0005  # a socket's checkpoint, restore and activation, with room to spare
     address_move_s: float = 3.0  # EC2 needs 1-3 s until packets take the new way
     stall_ok_s: float = 0.05  # a prefill that nobody notices is not worth a copy
+    copy_reserve_s: float = 0.0  # at least so much is left after the copy, where who copies keeps to such a time
     finish_within_s: float = 1.0  # who ends so soon needs no copy: replayed if it has not ended
 
     def __post_init__(self) -> None:
@@ -70,6 +71,7 @@ class Situation:
     calls: CallBudget = field(default_factory=CallBudget)
     costs: Costs = field(default_factory=Costs)
     switchover: Switchover = Switchover.STEER
+    by_api: bool = True  # addresses move by calls that a cloud counts; else the agents announce them
 
     def __post_init__(self) -> None:
         if self.bandwidth_bytes_per_s < 0:
@@ -90,7 +92,8 @@ class Situation:
     def copy_window_s(self) -> float:
         """Seconds for copying that leave room for every connection and address. Not positive: no KV can be copied."""
         movable = sum(1 for stream in self.streams if stream.address)
-        return self.available_s - self.costs.switch_s(movable) - self.costs.address_move_s
+        tail_s = self.costs.switch_s(movable) + self.costs.address_move_s
+        return self.available_s - max(self.costs.copy_reserve_s, tail_s)
 
 
 @dataclass(frozen=True, slots=True)

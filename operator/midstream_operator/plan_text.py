@@ -39,7 +39,7 @@ def reasoning(situation: Situation, made: Plan) -> tuple[str, ...]:
     ways = Counter(entry.way for entry in made.moving)
     stay = len(made.streams) - len(made.moving)
     lines = [
-        f"{situation.available_s:.1f} s are left ({situation.costs.margin_s:g} s of margin are off); "
+        f"{situation.available_s:.1f} s are left{_margin(situation)}; "
         f"copying must end {max(0.0, made.commit_latest_s - situation.now_s):.1f} s from now",
         f"{ways[Way.MOVE_KV]} streams move with {size(made.kv_bytes)} of KV at "
         f"{size(situation.bandwidth_bytes_per_s)}/s, {ways[Way.REPLAY]} replay their tokens, "
@@ -48,13 +48,17 @@ def reasoning(situation: Situation, made: Plan) -> tuple[str, ...]:
     return (*lines, *_targets(made), *_calls(situation, made), *_limits(situation, made), *_late(made))
 
 
+def _margin(situation: Situation) -> str:
+    return f" ({situation.costs.margin_s:g} s of margin are off)" if situation.costs.margin_s else ""
+
+
 def _targets(made: Plan) -> list[str]:
     counts = Counter((entry.target.pod, entry.target.node) for entry in made.moving if entry.target)
     return [f"{count} streams go to {pod} on {node}" for (pod, node), count in sorted(counts.items())]
 
 
 def _calls(situation: Situation, made: Plan) -> list[str]:
-    if not made.calls:
+    if not made.calls or not situation.by_api:
         return []
     wait_s = situation.calls.wait_s(made.calls)
     ahead = f", {situation.calls.ahead} others come before" if situation.calls.ahead else ""

@@ -7,9 +7,12 @@ only then may a source acknowledge.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
 from functools import partial
 
 from midstream_operator.context import Context
@@ -49,12 +52,29 @@ REASONS = {
 class Responder:
     ctx: Context
     jobs: Jobs
+    _turns: dict[str, asyncio.Lock] = field(default_factory=dict)  # by the pod's uid
+    _waiting: Counter[str] = field(default_factory=Counter)
 
     async def handle(self, notice: Notice) -> None:
         self.ctx.metrics.notices.labels(notice.kind.value, notice.source).inc()
         for pod in self.concerned(notice):
-            if not await self._answered(pod, notice):
-                await self._create(pod, notice)
+            async with self.turn(pod.uid):
+                if not await self._answered(pod, notice):
+                    await self._create(pod, notice)
+
+    @contextlib.asynccontextmanager
+    async def turn(self, pod_uid: str) -> AsyncIterator[None]:
+        """One notice at a time looks for a pod's job and makes it: an eviction, a taint and the node's deletion come in
+        the same instant, and each would find none."""
+        lock = self._turns.setdefault(pod_uid, asyncio.Lock())
+        self._waiting[pod_uid] += 1
+        try:
+            async with lock:
+                yield
+        finally:
+            self._waiting[pod_uid] -= 1
+            if not self._waiting[pod_uid]:
+                del self._waiting[pod_uid], self._turns[pod_uid]
 
     def concerned(self, notice: Notice) -> list[Pod]:
         """Pods with floating addresses: on the others there is nothing that could move."""
@@ -75,7 +95,7 @@ class Responder:
     async def _answered(self, pod: Pod, notice: Notice) -> bool:
         """Whether a job for this pod is under way that answers the notice, too: an interruption, its taint and the
         eviction that follows are three notices and one move. One that a rebalance has prepared is told to go."""
-        mine = [r for r in self.jobs.runs.values() if r.source_uid == pod.uid]
+        mine = [r for r in self.jobs.runs.values() if r.pod_uid == pod.uid]
         if notice.kind is NoticeKind.REBALANCE:
             return bool(mine)
         for run in mine:
@@ -91,15 +111,16 @@ class Responder:
     async def _create(self, pod: Pod, notice: Notice) -> None:
         body = notice_job(pod, notice)
         try:
-            await self._until_done(lambda: self.ctx.kube.create(ours(JOBS, pod.namespace), body))
+            # known at once: the watch tells of it only after others have asked
+            self.jobs.seen(await self._until_done(lambda: self.ctx.kube.create(ours(JOBS, pod.namespace), body)))
             log.info("%s of %s: job %s", notice.kind, pod.name, body["metadata"]["name"])
         except KubeError as e:
             if e.status != CONFLICT:
                 raise
 
-    async def _until_done(self, request: Callable[[], Awaitable[Json]]) -> None:
+    async def _until_done(self, request: Callable[[], Awaitable[Json]]) -> Json:
         timeouts = self.ctx.settings.timeouts
-        await until_done(request, timeouts.retry_s, timeouts.retry_max_s, refused=(CONFLICT,))
+        return await until_done(request, timeouts.retry_s, timeouts.retry_max_s, refused=(CONFLICT,))
 
 
 def notice_job(pod: Pod, notice: Notice) -> Json:

@@ -81,6 +81,7 @@ class Run:
     _phase_changed: asyncio.Event = field(default_factory=asyncio.Event)
     _write_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     _all_moved: bool = False  # no stream that could move is left at the source
+    _replay: bool = False  # the plan gives all KV up: no time is spent on copying it
     _fresh: bool = False  # this process has planned the job and no agent has been asked yet
 
     def __post_init__(self) -> None:
@@ -116,6 +117,11 @@ class Run:
     @property
     def source_uid(self) -> str:
         return str((self.draft.status.get("source") or {}).get("podUID", ""))
+
+    @property
+    def pod_uid(self) -> str:
+        """Also before the job is planned, where a notice made it."""
+        return self.source_uid or str((self.obj["metadata"].get("labels") or {}).get(LABEL_POD_UID, ""))
 
     @property
     def source_node(self) -> str:
@@ -182,6 +188,7 @@ class Run:
         self.jobs.goes_to(self, choice.pod.node)
         addresses = self._addresses(source)
         self._write_down(source, choice, addresses)
+        await self._reckon(source, choice.pod)
         if self.spec.dry_run:
             await self._end(Phase.SUCCEEDED, "dry_run", f"planned only: {self.draft.status['plan']}")
             return False
@@ -195,10 +202,6 @@ class Run:
 
     def _check_spec(self) -> None:
         self._check_stop()
-        if self.spec.kv_max_bandwidth:
-            raise Final(
-                "unsupported", "kv.maxBandwidth: the agents of this version do not limit the copy; leave it out"
-            )
         if self.spec.on_failure is OnFailure.DROP_STREAMS:
             raise Final("unsupported", "onFailure DropStreams: this version keeps the source; leave it out")
 
@@ -302,6 +305,15 @@ class Run:
         status["plan"] = plan[: self.ctx.settings.limits.message_chars]
         self.draft.say(f"from {source.node} to {target.node}")
 
+    async def _reckon(self, source: Pod, target: Pod) -> None:
+        """What the planner makes of what both agents tell. The target is written down already: who goes meanwhile
+        calls this job back."""
+        made = await self.jobs.reckon(self, source, target)
+        self._replay = made.replay
+        status = self.draft.status
+        status["plan"] = f"{status['plan']}. {made.words}"[: self.ctx.settings.limits.message_chars]
+        self._check_stop()
+
     async def _label(self, source: Pod) -> None:
         """So that jobs are found by pod and workload; no owner reference, which would take the record along."""
         labels = {
@@ -363,7 +375,8 @@ class Run:
             target_node=pb.NodeRef(name=target["nodeName"], endpoint=agent.endpoint if agent else ""),
             addresses=source.get("addresses") or [],
             switchover=SWITCHOVERS[spec.switchover],
-            kv_mode=KV_MODES[spec.kv_mode],
+            kv_mode=KV_MODES[KvMode.REPLAY if self._replay and spec.kv_mode is KvMode.AUTO else spec.kv_mode],
+            kv_bytes_per_s=spec.kv_bytes_per_s,
             deadline_unix_ms=int(spec.deadline.timestamp() * 1000) if spec.deadline else 0,
         )
 

@@ -58,6 +58,18 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
+class Planning:
+    """What the planner takes for true where nobody has measured it; each plan that does so says it."""
+
+    survey_s: float = 0.5  # a pod that has not told its figures by then is planned without: a notice must not wait
+    bandwidth_bytes_per_s: float = 125e6  # 1 Gb/s, until a node has made a KV copy: a tenth of what GPU instances have
+    prefill_tokens_per_s: float = 1000.0  # slow on purpose: KV is rather copied than computed again
+    copy_reserve_s: float = 15.0  # from the end of a KV copy to the deadline: agents keep to it (their switch_s)
+    streams_free: int = 4096  # of a target: its agent asks it for room for each before anything is frozen
+    targets_asked: int = 16  # of a node's plan, a pod: more would only make it slower
+
+
+@dataclass(frozen=True, slots=True)
 class Pool:
     """Addresses that FloatingIPs may take: no others are ever touched."""
 
@@ -110,6 +122,7 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
     aws: AwsSettings = field(default_factory=AwsSettings)
     handling: HandlingSettings = field(default_factory=HandlingSettings)
+    planning: Planning = field(default_factory=Planning)
     webhook: Webhook = field(default_factory=Webhook)
 
     def pool(self, name: str) -> Pool:
@@ -130,7 +143,7 @@ class Settings:
 
 _NESTED: dict[str, type[Any]] = {
     c.__name__: c
-    for c in (TlsFiles, Timeouts, Limits, AwsSettings, Ec2Settings, SqsSettings, HandlingSettings, Webhook)
+    for c in (TlsFiles, Timeouts, Limits, AwsSettings, Ec2Settings, SqsSettings, HandlingSettings, Planning, Webhook)
 }
 _NUMBERS = {"int": (int,), "float": (int, float)}
 

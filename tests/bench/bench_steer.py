@@ -75,7 +75,7 @@ def proxied_ms(bench: Bench) -> list[float]:
     """Longest gap of a stream through a proxy on the pod's node, in windows without any migration."""
     proxy = bench.hosts[0].popen(
         [sys.executable, str(HERE / "proxy_reference.py"), bench.hosts[0].ipv4, str(PROXY_PORT), ADDRESS, str(PORT)],
-        stdout=subprocess.PIPE, name="proxy",
+        name="proxy",
     )  # fmt: skip
     wait_for_line(proxy, "^ready", 10)
     seconds = PROXY_WINDOWS * PROXY_WINDOW_S

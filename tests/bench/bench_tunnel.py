@@ -32,6 +32,7 @@ MOVE_S = 600.0  # until it is said to be over
 TURNS, BYTES, ECHOES = 30, 32 << 20, 400
 MTUS = (1500, 9001)
 STEERED, DIRECT = "moves", "stays"
+MOVED = "source.BATCHES.do.after"
 
 
 def download(stream: Stream) -> float:
@@ -67,9 +68,9 @@ def round_trip(stream: Stream) -> float:
 def steered(world: HoldWorld) -> Iterator[Job]:
     """While the block runs the pair's streams are at the other node, and its address is not."""
     world.vpc.fabric.move_seconds = MOVE_S
-    job = world.hop(world.pairs[STEERED], "", "--switchover", "steer")
+    job = world.hop(world.pairs[STEERED], f"{MOVED}=delay:1", "--switchover", "steer")
     try:
-        job.wait("source.BATCHES.do.after")
+        job.wait(MOVED)
         yield job
     finally:
         job.process.terminate()
@@ -107,7 +108,7 @@ def share(world: HoldWorld) -> tuple[list[float], float]:
     pair = world.pairs[DIRECT]
     stream = world.connect(pair)
     off = ["tso", "off", "gso", "off", "gro", "off"]
-    for machine, interface in ((world.b, "eth0"), (world.b, "eth1"), (world.outside, "eth0"), (pair.pod, "eth0")):
+    for machine, interface in ((world.b, "eth0"), (world.b, "eth1"), (world.outside, "eth0")):
         machine.run(["ethtool", "-K", interface, *off])
     found, cost = [], []
     stats = bpf.enable_stats()

@@ -315,6 +315,14 @@ class Place:
         found: Json = self.world.plane.request("GET", self.path("migrationjobs", name))
         return found
 
+    def jobs(self) -> list[Json]:
+        found: list[Json] = self.world.plane.request("GET", self.path("migrationjobs"))["items"]
+        return sorted(found, key=lambda job: str(job["metadata"]["name"]))
+
+    def one_job(self) -> str:
+        (job,) = wait_for("a job", self.jobs)
+        return str(job["metadata"]["name"])
+
     def status(self, name: str) -> Json:
         found: Json = self.job(name).get("status", {})
         return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from cluster_world import Place, World
+from cluster_world import MERGE, Place, World
 from midstream_testbed.cluster import BINARIES, ControlPlane
 
 
@@ -21,6 +21,17 @@ def place(world: World) -> Iterator[Place]:
     world.operators.ensure()
     with world.namespace() as place:
         yield place
+
+
+@pytest.fixture
+def nodes_as_before(world: World) -> Iterator[None]:
+    """A notice stands as long as its node is interrupted: a new operator knows nothing of it."""
+    yield
+    for node in world.nodes:
+        world.agents.do("no-notices", node=node)
+    world.operators.stop_all()
+    for node in world.nodes:
+        world.plane.request("PATCH", f"/api/v1/nodes/{node}", {"spec": {"taints": None}}, MERGE)
 
 
 @pytest.fixture

@@ -44,6 +44,7 @@ STEPS = (
 )
 COMMIT = [name for name, _ in STEPS].index("COMMIT")
 STREAMS = 3  # of each pod
+TOKENS, KV_BYTES = 2_000, 64 << 20  # of each stream
 ENDED = frozenset({pb.PHASE_SUCCEEDED, pb.PHASE_ROLLED_BACK, pb.PHASE_FAILED, pb.PHASE_ABORTED})
 
 
@@ -199,6 +200,19 @@ class SimulatedAgent(rpc.AgentServicer):
         async for notice in self.board.listen():
             yield notice
 
+    async def Survey(self, request: pb.SurveyRequest, context: Any) -> pb.SurveyReply:
+        await self._admit(context, "Survey", request)
+        try:
+            self._check_pod(request.pod.uid)
+        except Refused as e:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(e))
+        streams = [
+            pb.StreamFigures(id=str(n), address=address, movable=True, tokens=TOKENS, kv_bytes=KV_BYTES)
+            for address in sorted(a for a, uid in self.routes.items() if uid == request.pod.uid)
+            for n in range(STREAMS)
+        ]
+        return pb.SurveyReply(streams=streams, pool_bytes=1 << 30, pool_free_bytes=1 << 29)
+
     async def Doctor(self, request: pb.DoctorRequest, context: Any) -> pb.DoctorReply:
         await self._admit(context, "Doctor", request)
         findings = [
@@ -220,6 +234,7 @@ class SimulatedAgent(rpc.AgentServicer):
                 "job": getattr(request, "job_id", ""),
                 "epoch": getattr(request, "epoch", 0),
                 "address": getattr(request, "address", ""),
+                "kv": pb.KvMode.Name(request.kv_mode) if isinstance(request, pb.MigrateRequest) else "",
             }
         )
 
@@ -379,7 +394,8 @@ class Town:
                 agent = self.agents[said["node"]]
                 agent.board.instance_id = f"i-{said['node']}"
                 end = datetime.now(UTC) + timedelta(seconds=said["left_s"]) if "left_s" in said else None
-                agent.board.put(said["kind"], [Said(said["kind"], deadline=end)])
+                details = tuple(sorted(said.get("details", {}).items()))
+                agent.board.put(said["kind"], [Said(said["kind"], deadline=end, details=details)])
             case "no-notices":
                 self.agents[said["node"]].board.standing.clear()
             case "stop-at":

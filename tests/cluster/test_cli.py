@@ -138,3 +138,18 @@ def test_doctor_without_an_operator_says_so(world: World, quiet_place: Place, pl
     done = midstream(world, quiet_place, plugins, "--operator-namespace", "nowhere", "doctor")
     assert done.returncode == 1
     assert "no report from the operator" in done.stdout
+
+
+def test_a_node_is_planned_for_before_anything_happens(
+    world: World, place: Place, plugins: Path, service: None
+) -> None:
+    place.serving()
+    done = midstream(world, place, plugins, "plan", "a", "--seconds", "60")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("plan for a (Steer), 60 s before its deadline"), done.stdout
+    assert "3 streams move with 192.0 MiB of KV" in done.stdout and "3 streams go to llm-1 on b" in done.stdout
+    assert "assumed: 119.2 MiB/s out of a, which has copied no KV yet" in done.stdout
+    assert place.jobs() == []
+    assert "nothing to move" in midstream(world, place, plugins, "plan", "c").stdout
+    unknown = midstream(world, place, plugins, "plan", "nowhere")
+    assert unknown.returncode == 2 and "there is no node nowhere" in unknown.stderr

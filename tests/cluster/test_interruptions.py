@@ -3,27 +3,16 @@ server. Nodes are shared, so each test takes off what it put on them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 import pytest
 from cluster_world import MERGE, Place, World, wait_for
 
-Json = dict[str, Any]
 OURS = "midstream.dev/interrupted"
 NTH = "aws-node-termination-handler/spot-itn"
 
 
-@pytest.fixture(autouse=True)
-def nodes_as_before(world: World) -> Iterator[None]:
-    """A notice stands as long as its node is interrupted: a new operator knows nothing of it."""
-    yield
-    for node in world.nodes:
-        world.agents.do("no-notices", node=node)
-    world.operators.stop_all()
-    for node in world.nodes:
-        world.plane.request("PATCH", f"/api/v1/nodes/{node}", {"spec": {"taints": None}}, MERGE)
+pytestmark = pytest.mark.usefixtures("nodes_as_before")
 
 
 def taints(world: World, node: str) -> list[str]:
@@ -35,20 +24,10 @@ def taint(world: World, node: str, key: str) -> None:
     world.plane.request("PATCH", f"/api/v1/nodes/{node}", body, MERGE)
 
 
-def jobs(place: Place) -> list[Json]:
-    found: list[Json] = place.world.plane.request("GET", place.path("migrationjobs"))["items"]
-    return sorted(found, key=lambda job: str(job["metadata"]["name"]))
-
-
-def one_job(place: Place) -> str:
-    (job,) = wait_for("a job", lambda: jobs(place))
-    return str(job["metadata"]["name"])
-
-
 def test_a_spot_notice_by_metadata_moves_the_pod_and_taints_the_node(world: World, place: Place) -> None:
     place.serving()
     world.agents.do("notice", node="a", kind="SpotInterruption", left_s=120)
-    name = one_job(place)
+    name = place.one_job()
     status = place.wait_job(name, "Succeeded")
     spec = place.job(name)["spec"]
     left = datetime.fromisoformat(spec["deadline"]) - datetime.now(UTC)
@@ -61,19 +40,19 @@ def test_metadata_and_a_taint_at_once_make_one_job(world: World, place: Place) -
     place.serving()
     taint(world, "a", NTH)
     world.agents.do("notice", node="a", kind="SpotInterruption", left_s=120)
-    place.wait_job(one_job(place), "Succeeded")
-    assert len(jobs(place)) == 1
+    place.wait_job(place.one_job(), "Succeeded")
+    assert len(place.jobs()) == 1
 
 
 def test_a_rebalance_prepares_and_the_interruption_commits(world: World, place: Place) -> None:
     place.serving()
     world.agents.do("notice", node="a", kind="Rebalance")
-    name = one_job(place)
+    name = place.one_job()
     place.wait_job(name, "Preparing")
     assert OURS in taints(world, "a"), "a node at risk takes nothing new"
     world.agents.do("notice", node="a", kind="SpotInterruption", left_s=120)
     place.wait_job(name, "Succeeded")
-    assert len(jobs(place)) == 1
+    assert len(place.jobs()) == 1
 
 
 def test_a_pod_may_refuse_rebalances(world: World, place: Place) -> None:
@@ -82,7 +61,7 @@ def test_a_pod_may_refuse_rebalances(world: World, place: Place) -> None:
     world.plane.request("PATCH", place.path("pods", "llm-0", "v1"), body, MERGE)
     world.agents.do("notice", node="a", kind="Rebalance")
     wait_for("the notice", lambda: OURS in taints(world, "a"))
-    assert jobs(place) == []
+    assert place.jobs() == []
 
 
 def test_when_the_target_goes_too_another_one_is_found(world: World, place: Place) -> None:
@@ -90,12 +69,12 @@ def test_when_the_target_goes_too_another_one_is_found(world: World, place: Plac
     place.serving()
     with world.agents.stopped_at("EXPORT"):
         world.agents.do("notice", node="a", kind="SpotInterruption", left_s=120)
-        name = one_job(place)
+        name = place.one_job()
         place.wait_job(name, "Switching")
         place.add_pod("llm-2", "c")
         world.agents.do("notice", node="b", kind="SpotInterruption", left_s=120)
         place.wait_job(name, "Aborted", "RolledBack")
-    again = wait_for("another attempt", lambda: [j for j in jobs(place) if j["metadata"]["name"] != name])
+    again = wait_for("another attempt", lambda: [j for j in place.jobs() if j["metadata"]["name"] != name])
     status = place.wait_job(again[0]["metadata"]["name"], "Succeeded")
     assert again[0]["metadata"]["name"] == f"{name}-2" and status["target"]["podName"] == "llm-2"
 
@@ -104,7 +83,7 @@ def test_what_a_person_aborts_stays_aborted(world: World, place: Place) -> None:
     place.serving()
     with world.agents.stopped_at("PREPARE"):
         world.agents.do("notice", node="a", kind="SpotInterruption", left_s=120)
-        name = one_job(place)
+        name = place.one_job()
         place.wait_job(name, "Preparing")
         place.patch_job(name, {"spec": {"abort": True}})
         place.wait_job(name, "Aborted")
@@ -112,7 +91,7 @@ def test_what_a_person_aborts_stays_aborted(world: World, place: Place) -> None:
     for more in (1, 2):  # the second is taken when the first has been answered
         world.agents.do("notice", node="a", kind="SpotInterruption", left_s=120 + more)
     wait_for("the notice, told again", lambda: heard(world) >= before + 2)
-    assert [job["metadata"]["name"] for job in jobs(place)] == [name]
+    assert [job["metadata"]["name"] for job in place.jobs()] == [name]
 
 
 def heard(world: World) -> float:
@@ -126,11 +105,11 @@ def test_a_failed_attempt_is_made_again_while_there_is_time(world: World, place:
     place.serving()
     world.agents.do("fail-at", steps=[["EXPORT", "checkpoint_failed"]])
     world.agents.do("notice", node="a", kind="SpotInterruption", left_s=120)
-    name = one_job(place)
+    name = place.one_job()
     place.wait_job(name, "RolledBack", "Failed")
     world.agents.do("fail-at", steps=[])
     wait_for(
-        "an attempt that succeeds", lambda: [j for j in jobs(place) if j.get("status", {}).get("phase") == "Succeeded"]
+        "an attempt that succeeds", lambda: [j for j in place.jobs() if j.get("status", {}).get("phase") == "Succeeded"]
     )
 
 
@@ -139,4 +118,4 @@ def test_an_operator_that_comes_late_hears_what_stands(world: World, place: Plac
     world.operators.stop_all()
     world.agents.do("notice", node="a", kind="SpotInterruption", left_s=120)
     world.operators.start("op")
-    place.wait_job(one_job(place), "Succeeded")
+    place.wait_job(place.one_job(), "Succeeded")

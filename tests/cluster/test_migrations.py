@@ -140,7 +140,6 @@ def _foreign_address(place: Place) -> None:
         (_foreign_address, {}, "ForeignAddress", "192.0.2.1 is not of pool default"),
         (_no_label, {"deadline": "2020-01-01T00:00:00Z"}, "DeadlinePassed", "passed before the job began"),
         (_no_address, {"target": {"nodeName": "c"}}, "NoTarget", "no other enabled pod"),
-        (_no_address, {"kv": {"maxBandwidth": "1G"}}, "Unsupported", "kv.maxBandwidth"),
         (_no_address, {"onFailure": "DropStreams"}, "Unsupported", "onFailure"),
     ],
 )

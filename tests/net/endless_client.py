@@ -1,7 +1,7 @@
-"""Clients of bytes_pod.py whose streams go on until the test ends: `endless_client.py ADDRESS PORT COUNT SEED`.
+"""Clients of bytes_pod.py whose streams go on until the test ends: `endless_client.py ADDRESS PORT COUNT SEED [S]`.
 
-When a line comes on stdin, each stream must still bring MORE bytes; then one JSON line tells how many did, and what was
-wrong with the others. Every byte is checked.
+When a line comes on stdin, each stream must still bring MORE bytes within S seconds; then one JSON line tells how many
+did, and what was wrong with the others. Every byte is checked.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from bytes_client import PERIOD, pattern, piece
 
 MORE = 4_000
 ENDLESS = 1 << 40
-PATIENCE_S = 20.0
+PATIENCE_S = float(sys.argv[5]) if len(sys.argv) > 5 else 20.0
 
 
 class Stream:

@@ -52,7 +52,7 @@ class Row:
 
 
 class Checker:
-    """One build of the model: `wait` is switchover Wait with one batch, else Steer with two at once."""
+    """One build of the model: `wait` is switchover Wait with one batch, else Steer with two at once; with "ONE" one."""
 
     def __init__(self, folder: Path, *defines: str, wait: bool, search: tuple[str, ...]) -> None:
         folder.mkdir(parents=True)
@@ -94,9 +94,9 @@ class Checker:
         return [Row.parse(line) for line in re.findall(r"@ [A-Z].*", out)]
 
 
-def run_finder(folder: Path) -> Checker:
-    """Finds shortest runs of switchover Wait."""
-    return Checker(folder, "TRACE", wait=True, search=("-DSAFETY", "-DBFS"))
+def run_finder(folder: Path, *, steer: bool = False) -> Checker:
+    """Finds shortest runs of one batch, by switchover Wait or Steer."""
+    return Checker(folder, "TRACE", *(["ONE"] if steer else []), wait=not steer, search=("-DSAFETY", "-DBFS"))
 
 
 def rows_of_model() -> set[str]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from midstream_agent.hold import Hold
+from midstream_agent.hold import FLOW_HERE, Hold
 from midstream_testbed.fleet import Agent
 from midstream_testbed.machine import Pod
 from ownership_model import Row
@@ -97,6 +97,7 @@ class Replay:
     job: str = ""
     done: list[str] = field(default_factory=list)
     led: dict[str, Led] = field(default_factory=dict)
+    stops: dict[str, tuple[str, str]] = field(default_factory=lambda: dict(STOPS))
 
     def __post_init__(self) -> None:
         self.names = [r.name for r in self.rows]
@@ -133,8 +134,8 @@ class Replay:
     def next_stop(self, side: str, i: int) -> str:
         """The stop after this agent's next row; none beyond its death or what it does by itself."""
         for j, name in enumerate(self.names[i + 1 :], i + 1):
-            if name in STOPS and STOPS[name][0] == side:
-                return STOPS[name][1]
+            if name in self.stops and self.stops[name][0] == side:
+                return self.stops[name][1]
             if name == "FAIL" and side == SOURCE:
                 return f"source.{self.last_begun(j)}.undo.before"
             if name.startswith(side.upper()):
@@ -150,8 +151,8 @@ class Replay:
         act: Callable[[int], None] | None = getattr(self, f"_{name.lower()}", None)
         if act is not None:
             act(i)
-        elif name in STOPS:
-            self.step(i, *STOPS[name])
+        elif name in self.stops:
+            self.step(i, *self.stops[name])
         elif name not in UNSEEN:
             raise AssertionError(f"this replay cannot play {name}")
 
@@ -173,7 +174,7 @@ class Replay:
 
     def _hear_restored(self, i: int) -> None:
         self.release(TARGET, i)
-        self.step(i, SOURCE, STOPS["HEAR_RESTORED"][1])
+        self.step(i, SOURCE, self.stops["HEAR_RESTORED"][1])
 
     def _prove_address(self, i: int) -> None:
         """Said at once: the agent waits nowhere."""
@@ -188,17 +189,17 @@ class Replay:
 
     def _hear_activated(self, i: int) -> None:
         self.release(TARGET, i)
-        self.step(i, SOURCE, STOPS["HEAR_ACTIVATED"][1])
+        self.step(i, SOURCE, self.stops["HEAR_ACTIVATED"][1])
 
     _hear_lost = _hear_activated
 
     def _take_address_back(self, i: int) -> None:
         self.release(TARGET, i)
-        self.step(i, SOURCE, STOPS["TAKE_ADDRESS_BACK"][1])
+        self.step(i, SOURCE, self.stops["TAKE_ADDRESS_BACK"][1])
 
     def _thaw_discarded(self, i: int) -> None:
         self.release(TARGET, i)
-        self.step(i, SOURCE, STOPS["THAW_DISCARDED"][1])
+        self.step(i, SOURCE, self.stops["THAW_DISCARDED"][1])
 
     def _fail(self, i: int) -> None:
         """The step at whose end the source waits fails; or it waits for an answer, and none comes."""
@@ -229,7 +230,7 @@ class Replay:
     def _source_restarts(self, i: int) -> None:
         """Waits where it goes on: before the first undo, or once COMMIT is in its journal (again)."""
         committed = "COMMIT" in self.done
-        stop = STOPS["COMMIT"][1] if committed else f"source.{self.last_begun(i)}.undo.before"
+        stop = self.stops["COMMIT"][1] if committed else f"source.{self.last_begun(i)}.undo.before"
         self.restart(SOURCE, stop)
         self.led[SOURCE].reach(stop)
 
@@ -253,12 +254,12 @@ class Replay:
 
     def _thaw_target_gone(self, i: int) -> None:
         self.declare_gone()
-        self.step(i, SOURCE, STOPS["THAW_TARGET_GONE"][1])
+        self.step(i, SOURCE, self.stops["THAW_TARGET_GONE"][1])
 
     def _lose_to_dead_target(self, i: int) -> None:
         self.release(SOURCE, i - 1)
         self.declare_gone()
-        self.step(i, SOURCE, STOPS["LOSE_TO_DEAD_TARGET"][1])
+        self.step(i, SOURCE, self.stops["LOSE_TO_DEAD_TARGET"][1])
 
     def declare_gone(self) -> None:
         """What the operator says once the cloud has told it."""
@@ -330,7 +331,8 @@ class Replay:
     def live(self, node: str) -> bool:
         """A connection in the node's pod that no gate shuts."""
         with Hold.open(self.world.agent(node).bpffs) as hold:
-            return not hold.flow_keys() and established(self.world.pods[node], V4) > 0
+            open_to_all = set(hold.flow_states()) <= {FLOW_HERE}
+        return open_to_all and established(self.world.pods[node], V4) > 0
 
     def journal(self, side: str) -> Path:
         led = self.led[side]

@@ -6,19 +6,16 @@ byte of their streams.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import endless
 import pytest
 from midstream_testbed.fleet import Fleet
-from midstream_testbed.namespace import Process
 from midstream_testbed.vpc import Vpc
 from ownership_model import Checker, Row, run_finder
 from ownership_replay import Replay
-from world import HERE, PORT, V4, World
+from world import V4, World
 
 CLIENTS = 2
 MOVED, THAWED, LOST = "Succeeded", "RolledBack", "Failed"
@@ -75,19 +72,6 @@ def mortal(tmp_path: Path) -> Iterator[World]:
     yield from build_world(tmp_path)
 
 
-def start_clients(world: World) -> Process:
-    argv = [sys.executable, str(HERE / "endless_client.py"), V4, str(PORT), str(CLIENTS), "7"]
-    pipe = subprocess.PIPE
-    clients = world.outside.popen(argv, env=world.fleet.env(), name="endless", stdin=pipe, stdout=pipe)
-    world.wait_streams(V4, CLIENTS)
-    return clients
-
-
-def all_go_on(clients: Process) -> None:
-    out, _ = clients.communicate(b"\n", timeout=60)
-    assert json.loads(out) == {"ok": CLIENTS, "errors": []}, clients.output()
-
-
 def name_of(value: object) -> str:
     return str(value).replace(" +", ">").replace(" ", "-").lower()
 
@@ -109,12 +93,13 @@ def test_agents_do_what_the_model_does_when_a_node_dies(mortal: World, runs: Che
 
 def play(world: World, rows: list[Row], end: str) -> None:
     replay = Replay(world, rows)
-    clients = start_clients(world)
+    clients = endless.start(world, world.outside, V4, CLIENTS, 7)
+    world.wait_streams(V4, CLIENTS)
     try:
         replay.play()
         assert replay.end() == end
         if end != LOST:
-            all_go_on(clients)
+            endless.all_go_on(clients, CLIENTS)
     except BaseException:
         replay.give_up()
         raise

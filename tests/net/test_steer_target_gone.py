@@ -11,12 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import endless
 import pytest
 from midstream_testbed.fleet import Fleet
+from midstream_testbed.namespace import Process
 from midstream_testbed.vpc import Vpc
 from ownership_replay import DECLARE_GONE
 from remains import entries
-from world import V4, V6, Clients, World
+from world import V4, V6, World
 
 CLIENTS = 6
 BATCH = 4  # of twelve streams
@@ -29,9 +31,8 @@ def world(tmp_path: Path) -> Iterator[World]:
         yield World.build(vpc, fleet, *OPTIONS)
 
 
-def start(world: World) -> list[Clients]:
-    kind: dict[str, Any] = {"kind": "both", "size": 1_500_000, "seconds": 4.0, "spread_s": 0.05, "idle_s": 15}
-    clients = [world.clients(world.outside, CLIENTS, 7, address=a, **kind) for a in (V4, V6)]
+def start(world: World) -> list[Process]:
+    clients = [endless.start(world, world.outside, a, CLIENTS, 7, patience_s=6) for a in (V4, V6)]
     for address in (V4, V6):
         world.wait_streams(address, CLIENTS)
     return clients
@@ -74,10 +75,6 @@ def wait_nothing_held(world: World) -> None:
         time.sleep(0.1)
 
 
-def finish(clients: list[Clients]) -> int:
-    return sum(int(c.finish()["ok"]) for c in clients)
-
-
 @pytest.mark.parametrize(
     ("node", "where", "moved"),
     [
@@ -95,5 +92,5 @@ def test_the_job_ends_and_the_source_serves_what_is_left(world: World, node: str
     assert lost + back == 2 * CLIENTS
     assert not moved or lost == moved
     assert served(world) == 4
-    assert finish(clients) == back
+    assert sum(endless.end(c)["ok"] for c in clients) == back
     wait_nothing_held(world)

@@ -15,7 +15,7 @@ from ownership_model import MODEL, Checker, Found, rows_of_model, run_finder
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs/ownership.md"
 SAFETY, ENDS = ("-DSAFETY",), ("-DNP",)
-STEER_ONLY = {"MOVE_EARLY", "MOVE_BACK", "ADDRESS_REVERSED"}
+STEER_ONLY = {"MOVE_EARLY", "MOVE_BACK", "ADDRESS_REVERSED", "FOLLOW"}
 WAIT_ONLY = {"TAKE_ADDRESS", "PROVE_ADDRESS", "TAKE_ADDRESS_BACK"}
 IMPOSSIBLE = {"COMMIT_UNKNOWN", "HEAR_UNKNOWN"}
 
@@ -27,6 +27,7 @@ COMMIT_FINDS_THE_JOB = "0"
 NONE_FOR_EVER = "(excused[0]&&((phase[0]==LOST)||((phase[0]==MOVED)&&(tdead||!(tpod)))))"
 JOB_ENDS = "(released||sdead)"
 NOTHING_HELD_FOR_NOBODY = "((state[0]!=PREPARED)&&((state[0]!=RESTORED)||!(tpod)))"
+WHERE_IT_LIVES = "(addr==AT_TARGET)"
 ONE_STORY = "((phase[0]==MOVED)||sdead)"  # what lives at the target was not called lost
 
 BROKEN_RULES = {
@@ -84,11 +85,15 @@ def test_two_batches_at_once_find_a_broken_rule_too(build: Build) -> None:
     assert build("MUTANT=1", wait=False, search=SAFETY).first_error().violated
 
 
+def test_a_source_that_lets_go_before_the_address_has_followed_is_found(build: Build) -> None:
+    assert WHERE_IT_LIVES in symbolic(build("MUTANT=14", "ONE", wait=False, search=SAFETY).search())
+
+
 def test_the_model_documents_its_negative_controls() -> None:
     text = MODEL.read_text(encoding="ascii")
     used = {int(n) for n in re.findall(r"MUTANT [!=]= (\d+)", text)}
     listed = {int(n) for n in re.findall(r"^ \* {1,3}(\d+)  ", text, re.M)}
-    assert used == listed == {*BROKEN_RULES, 11}
+    assert used == listed == {*BROKEN_RULES, 11, 14}
 
 
 def test_the_document_has_the_models_rows_and_no_others() -> None:
@@ -114,7 +119,7 @@ def symbolic(found: Found) -> set[str]:
     def named(match: re.Match[str]) -> str:
         return f"{match[1]}{names[int(match[2])]}"
 
-    return {re.sub(r"((?:phase|state)\[\w+\][!=]=)(\d+)", named, v) for v in found.violated}
+    return {re.sub(r"((?:phase\[\w+\]|state\[\w+\]|addr)[!=]=)(\d+)", named, v) for v in found.violated}
 
 
 def _numbers() -> dict[str, int]:

@@ -20,6 +20,8 @@ from vllm_servers import BLOCK_TOKENS, VllmServer
 
 Servers = tuple[VllmServer, VllmServer]
 PROMPT_TOKENS = 70
+TRIES = 5
+PATIENCE_S = 120.0
 
 FAST = Settings(outage_s=280, retry_s=0.1, watch_s=0.2)
 
@@ -77,14 +79,22 @@ def stop_at(node: Node, connection: Connection, tokens: int) -> asyncio.Event:
 
 
 async def moved(pair: Pair, body: dict[str, Any], tokens: int, path: str = "/v1/completions", **how: Any) -> Answer:
-    """The answer to a request that is moved from a to b when it has so many tokens."""
-    client, connection = await pair.client()
-    stopped = stop_at(pair.a, connection, tokens)
-    client.send(request(body, path))
-    async with asyncio.timeout(60):
-        await stopped.wait()
-    await pair.move(connection, pair.a, pair.b, **how)
-    return await client.answer()
+    """The answer to a request that is moved from a to b when it has so many tokens. A busy server may send the last
+    tokens all at once, and then there is nothing left to move: it is asked again."""
+    for _ in range(TRIES):
+        client, connection = await pair.client()
+        stopped = asyncio.create_task(stop_at(pair.a, connection, tokens).wait())
+        client.send(request(body, path))
+        answer = asyncio.create_task(client.answer())
+        await asyncio.wait({stopped, answer}, timeout=PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
+        if stopped.done():
+            await pair.move(connection, pair.a, pair.b, **how)
+            return await answer
+        stopped.cancel()
+        if not answer.done():
+            answer.cancel()
+            raise TimeoutError(f"neither {tokens} tokens nor an end within {PATIENCE_S:g} s")
+    raise AssertionError(f"{TRIES} answers ended before they could be stopped at {tokens} tokens")
 
 
 async def unmoved(pair: Pair, body: dict[str, Any], path: str = "/v1/completions") -> str:

@@ -295,6 +295,7 @@ class MigrateRequest(_message.Message):
     KV_MODE_FIELD_NUMBER: _builtins.int
     DEADLINE_UNIX_MS_FIELD_NUMBER: _builtins.int
     DRY_RUN_FIELD_NUMBER: _builtins.int
+    KV_BYTES_PER_S_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     epoch: _builtins.int
     switchover: Global___Switchover.ValueType
@@ -302,6 +303,8 @@ class MigrateRequest(_message.Message):
     deadline_unix_ms: _builtins.int
     """0: none"""
     dry_run: _builtins.bool
+    kv_bytes_per_s: _builtins.int
+    """the copy may take, if the agent's own limit is not lower; 0: the agent's"""
     @_builtins.property
     def pod(self) -> Global___PodRef: ...
     @_builtins.property
@@ -325,10 +328,11 @@ class MigrateRequest(_message.Message):
         kv_mode: Global___KvMode.ValueType = ...,
         deadline_unix_ms: _builtins.int = ...,
         dry_run: _builtins.bool = ...,
+        kv_bytes_per_s: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["pod", b"pod", "target_node", b"target_node", "target_pod", b"target_pod"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "deadline_unix_ms", b"deadline_unix_ms", "dry_run", b"dry_run", "epoch", b"epoch", "job_id", b"job_id", "kv_mode", b"kv_mode", "pod", b"pod", "switchover", b"switchover", "target_node", b"target_node", "target_pod", b"target_pod"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "deadline_unix_ms", b"deadline_unix_ms", "dry_run", b"dry_run", "epoch", b"epoch", "job_id", b"job_id", "kv_bytes_per_s", b"kv_bytes_per_s", "kv_mode", b"kv_mode", "pod", b"pod", "switchover", b"switchover", "target_node", b"target_node", "target_pod", b"target_pod"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1551,3 +1555,109 @@ class Notice(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Notice: _TypeAlias = Notice  # noqa: Y015
+
+@_typing.final
+class SurveyRequest(_message.Message):
+    """---- figures for the planner ------------------------------------------------"""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POD_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def pod(self) -> Global___PodRef: ...
+    def __init__(
+        self,
+        *,
+        pod: Global___PodRef | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["pod", b"pod"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pod", b"pod"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SurveyRequest: _TypeAlias = SurveyRequest  # noqa: Y015
+
+@_typing.final
+class SurveyReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STREAMS_FIELD_NUMBER: _builtins.int
+    POOL_BYTES_FIELD_NUMBER: _builtins.int
+    POOL_FREE_BYTES_FIELD_NUMBER: _builtins.int
+    LOAD_KNOWN_FIELD_NUMBER: _builtins.int
+    KV_FREE_SHARE_FIELD_NUMBER: _builtins.int
+    RUNNING_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    KV_BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    pool_bytes: _builtins.int
+    """0: the pod has no KV pool"""
+    pool_free_bytes: _builtins.int
+    """of slots that nobody has"""
+    load_known: _builtins.bool
+    """whether the engine tells the next three"""
+    kv_free_share: _builtins.float
+    """of its own KV cache, 0..1"""
+    running: _builtins.int
+    waiting: _builtins.int
+    kv_bytes_per_s: _builtins.float
+    """what the network took in this node's last KV copy; 0: none was made yet"""
+    @_builtins.property
+    def streams(self) -> _containers.RepeatedCompositeFieldContainer[Global___StreamFigures]:
+        """on floating IPs: the pod's other streams cannot move"""
+
+    def __init__(
+        self,
+        *,
+        streams: _abc.Iterable[Global___StreamFigures] | None = ...,
+        pool_bytes: _builtins.int = ...,
+        pool_free_bytes: _builtins.int = ...,
+        load_known: _builtins.bool = ...,
+        kv_free_share: _builtins.float = ...,
+        running: _builtins.int = ...,
+        waiting: _builtins.int = ...,
+        kv_bytes_per_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_bytes_per_s", b"kv_bytes_per_s", "kv_free_share", b"kv_free_share", "load_known", b"load_known", "pool_bytes", b"pool_bytes", "pool_free_bytes", b"pool_free_bytes", "running", b"running", "streams", b"streams", "waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SurveyReply: _TypeAlias = SurveyReply  # noqa: Y015
+
+@_typing.final
+class StreamFigures(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    MOVABLE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    KV_BYTES_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    address: _builtins.str
+    movable: _builtins.bool
+    reason: _builtins.str
+    """why not"""
+    tokens: _builtins.int
+    """prompt and generated"""
+    kv_bytes: _builtins.int
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        address: _builtins.str = ...,
+        movable: _builtins.bool = ...,
+        reason: _builtins.str = ...,
+        tokens: _builtins.int = ...,
+        kv_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "id", b"id", "kv_bytes", b"kv_bytes", "movable", b"movable", "reason", b"reason", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamFigures: _TypeAlias = StreamFigures  # noqa: Y015

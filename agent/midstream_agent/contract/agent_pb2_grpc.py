@@ -79,6 +79,11 @@ class AgentStub:
                 request_serializer=midstream__agent_dot_contract_dot_agent__pb2.NoticesRequest.SerializeToString,
                 response_deserializer=midstream__agent_dot_contract_dot_agent__pb2.Notice.FromString,
                 _registered_method=True)
+        self.Survey = channel.unary_unary(
+                '/midstream.agent.v1.Agent/Survey',
+                request_serializer=midstream__agent_dot_contract_dot_agent__pb2.SurveyRequest.SerializeToString,
+                response_deserializer=midstream__agent_dot_contract_dot_agent__pb2.SurveyReply.FromString,
+                _registered_method=True)
 
 
 class AgentServicer:
@@ -141,6 +146,13 @@ class AgentServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Survey(self, request, context):
+        """What a pod serves now, for the planner. Changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AgentServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -188,6 +200,11 @@ def add_AgentServicer_to_server(servicer, server):
                     servicer.Notices,
                     request_deserializer=midstream__agent_dot_contract_dot_agent__pb2.NoticesRequest.FromString,
                     response_serializer=midstream__agent_dot_contract_dot_agent__pb2.Notice.SerializeToString,
+            ),
+            'Survey': grpc.unary_unary_rpc_method_handler(
+                    servicer.Survey,
+                    request_deserializer=midstream__agent_dot_contract_dot_agent__pb2.SurveyRequest.FromString,
+                    response_serializer=midstream__agent_dot_contract_dot_agent__pb2.SurveyReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -433,6 +450,33 @@ class Agent:
             '/midstream.agent.v1.Agent/Notices',
             midstream__agent_dot_contract_dot_agent__pb2.NoticesRequest.SerializeToString,
             midstream__agent_dot_contract_dot_agent__pb2.Notice.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Survey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/midstream.agent.v1.Agent/Survey',
+            midstream__agent_dot_contract_dot_agent__pb2.SurveyRequest.SerializeToString,
+            midstream__agent_dot_contract_dot_agent__pb2.SurveyReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -55,6 +55,8 @@ class AgentStub:
     Doctor: _grpc.UnaryUnaryMultiCallable[_agent_pb2.DoctorRequest, _agent_pb2.DoctorReply]
     Notices: _grpc.UnaryStreamMultiCallable[_agent_pb2.NoticesRequest, _agent_pb2.Notice]
     """What this node's instance metadata says of its end: all that stands now, then each change; never ends by itself."""
+    Survey: _grpc.UnaryUnaryMultiCallable[_agent_pb2.SurveyRequest, _agent_pb2.SurveyReply]
+    """What a pod serves now, for the planner. Changes nothing."""
 
 @_typing.type_check_only
 class AgentAsyncStub(AgentStub):
@@ -71,6 +73,8 @@ class AgentAsyncStub(AgentStub):
     Doctor: _aio.UnaryUnaryMultiCallable[_agent_pb2.DoctorRequest, _agent_pb2.DoctorReply]  # type: ignore[assignment]
     Notices: _aio.UnaryStreamMultiCallable[_agent_pb2.NoticesRequest, _agent_pb2.Notice]  # type: ignore[assignment]
     """What this node's instance metadata says of its end: all that stands now, then each change; never ends by itself."""
+    Survey: _aio.UnaryUnaryMultiCallable[_agent_pb2.SurveyRequest, _agent_pb2.SurveyReply]  # type: ignore[assignment]
+    """What a pod serves now, for the planner. Changes nothing."""
 
 class AgentServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -138,6 +142,14 @@ class AgentServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_agent_pb2.Notice], _abc.AsyncIterator[_agent_pb2.Notice]]:
         """What this node's instance metadata says of its end: all that stands now, then each change; never ends by itself."""
+
+    @_abc_1.abstractmethod
+    def Survey(
+        self,
+        request: _agent_pb2.SurveyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_agent_pb2.SurveyReply, _abc.Awaitable[_agent_pb2.SurveyReply]]:
+        """What a pod serves now, for the planner. Changes nothing."""
 
 def add_AgentServicer_to_server(servicer: AgentServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 

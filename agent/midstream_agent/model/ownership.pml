@@ -20,7 +20,8 @@
  * Faults end one day. Then whatever can happen happens, and Judge looks at what is left when nothing can. A cycle after
  * the faults would be a job that never ends; spin looks for it with -DNP.
  *
- * Build with -DWAIT for switchover Wait: one batch, COMMIT only once the address is proved at the target.
+ * Build with -DWAIT for switchover Wait: one batch, COMMIT only once the address is proved at the target. -DONE: Steer
+ * with one batch.
  * -DMUTANT=n breaks one rule (negative controls; the list is at the end of this file).
  */
 
@@ -29,7 +30,11 @@
 #define N 1
 #else
 #define STEER 1
+#ifdef ONE
+#define N 1
+#else
 #define N 2
+#endif
 #endif
 #ifndef MUTANT
 #define MUTANT 0
@@ -84,6 +89,7 @@ mtype = { LIVE, HELD, SENT, SHIPPED, RESTORED_HEARD, COMMITTING, MOVED, ABORTING
 bit sent[N], committed[N], aborted[N], released;
 mtype phase[N];
 bit stop;                 /* no further batch is begun */
+bit followed;             /* Steer: the address was proved at the target, where flows are */
 
 /* -- target: journal, then memory -------------------------------------------------------------------------- */
 
@@ -108,7 +114,7 @@ mtype = { /* rows of the table that are not also the name of a state */
 	SAY_DISCARD, TAKE_ADDRESS_BACK, THAW_NOTHING_SENT, THAW_DISCARDED, THAW_TARGET_GONE, BROKEN, RESTORE,
 	REFUSE_SHIP, TAKE_ADDRESS, PROVE_ADDRESS, SOURCE_GONE, GO_LIVE, COMMIT_AGAIN, COMMIT_UNKNOWN, FORGET,
 	DISCARD, DISCARD_AGAIN, REFUSE_DISCARD, SESSION_ENDED, ABORT, RELEASE, SOURCE_RESTARTS, TARGET_RESTARTS,
-	MOVE_EARLY, MOVE_ADDRESS, MOVE_BACK, ADDRESS_MOVED, LOSE, SOURCE_CRASHES, TARGET_CRASHES, SOURCE_DIES,
+	MOVE_EARLY, MOVE_ADDRESS, FOLLOW, MOVE_BACK, ADDRESS_MOVED, LOSE, SOURCE_CRASHES, TARGET_CRASHES, SOURCE_DIES,
 	TARGET_DIES, ADDRESS_REVERSED, TARGET_POD_GONE, BOTH_GONE,
 	SOURCE_POD_DIES, TARGET_POD_DIES
 };
@@ -117,6 +123,11 @@ mtype = { /* rows of the table that are not also the name of a state */
 #define ENDED(b) (phase[b] == MOVED || phase[b] == THAWED || phase[b] == LOST || phase[b] == LIVE && stop)
 #define IS_MOVED(b) (phase[b] == MOVED)
 #define AT_TARGET_FOR_GOOD(b) (decided[b] || tlive[b])
+#if MUTANT == 14
+#define MAY_GO true
+#else
+#define MAY_GO (!STEER || followed || tdead || !tpod || !ANY(IS_MOVED))
+#endif
 
 /* -- going live: the only two places where a flow can get an owner ------------------------------------------ */
 
@@ -248,7 +259,7 @@ proctype Job() {
 end:
 	do
 	:: atomic { sup && !stop && !released -> stop = 1; EV(ABORT) }
-	:: atomic { sup && !released && ALL(ENDED) -> released = 1; finish = !tdead; EV(RELEASE) }
+	:: atomic { sup && !released && ALL(ENDED) && MAY_GO -> released = 1; finish = !tdead; EV(RELEASE) }
 #if MUTANT == 9
 	:: atomic { sup && !released && !finish && !tdead && ALL(IS_MOVED) -> finish = 1; EV(BROKEN) }
 #endif
@@ -260,11 +271,15 @@ end:
 	:: atomic { !tup && !tdead -> tup = 1; EV(TARGET_RESTARTS) }
 
 	/* Steer: the address moves beside the batches, from the first hold at the earliest; back when none was committed */
-	:: atomic { STEER && sup && want == AT_SOURCE && ANY(BEFORE_COMMIT) && !tdead -> want = AT_TARGET; EV(MOVE_EARLY) }
-	:: atomic { (STEER || sdead) && want == AT_SOURCE && ANY(AT_TARGET_FOR_GOOD) && !tdead ->
+	:: atomic { STEER && sup && want == AT_SOURCE && ANY(BEFORE_COMMIT) && !tdead && tpod ->
+		want = AT_TARGET; EV(MOVE_EARLY) }
+	:: atomic { (STEER && !released || sdead) && want == AT_SOURCE && ANY(AT_TARGET_FOR_GOOD) && !tdead && tpod ->
 		want = AT_TARGET; EV(MOVE_ADDRESS) }
-	:: atomic { STEER && sup && want == AT_TARGET && (tdead || !ANY(BEFORE_COMMIT) && !ANY(AT_TARGET_FOR_GOOD)) ->
-		want = AT_SOURCE; EV(MOVE_BACK) }
+	:: atomic { STEER && sup && tup && !released && !followed && ALL(ENDED) && ANY(IS_MOVED) &&
+		want == AT_TARGET && addr == AT_TARGET && tpod ->
+		followed = 1; EV(FOLLOW) }
+	:: atomic { STEER && sup && want == AT_TARGET &&
+		(tdead || !tpod || !ANY(BEFORE_COMMIT) && !ANY(AT_TARGET_FOR_GOOD)) -> want = AT_SOURCE; EV(MOVE_BACK) }
 	:: atomic { addr != want -> addr = want; EV(ADDRESS_MOVED) }
 	od
 }
@@ -330,7 +345,7 @@ proctype Faults() {
 	byte b;
 progress_storm:
 	do
-	:: atomic { sup -> sup = 0; if :: stop = 1 :: STEER -> skip fi;
+	:: atomic { sup -> sup = 0; followed = 0; if :: stop = 1 :: STEER -> skip fi;
 		for (b : 0 .. N - 1) { recover_source(b) }; b = 0; EV(SOURCE_CRASHES) }
 	:: atomic { tup -> tup = 0; finish = 0;
 		for (b : 0 .. N - 1) { recover_target(b) }; b = 0; EV(TARGET_CRASHES) }
@@ -345,7 +360,7 @@ progress_storm:
 	:: lose(said_discarded[0]) :: lose(said_lost[0])
 #ifdef WAIT
 	:: lose(move[0]) :: lose(said_moved[0])
-#else
+#elif N == 2
 	:: lose(ship[1]) :: lose(commit[1]) :: lose(discard[1]) :: lose(said_restored[1]) :: lose(said_activated[1])
 	:: lose(said_discarded[1]) :: lose(said_lost[1])
 #endif
@@ -399,4 +414,5 @@ init {
  *  11  a target whose pod has gone asks to be told again, for ever
  *  12  a restarted target takes ACTIVATED for RESTORED
  *  13  each takes the other's silence for its death
+ *  14  by Steer the source lets go before the address is proved at the target
  */

@@ -38,6 +38,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.logger import init_logger
 
 from midstream_runtime.contract.pool import ROOT_HASH
+from midstream_runtime.device import Mover, pin
 from midstream_runtime.vllm_connector import geometry
 from midstream_runtime.vllm_connector.share import PoolServer, map_pool
 from midstream_runtime.vllm_connector.store import BlockStore
@@ -124,7 +125,7 @@ class MidstreamConnector(KVConnectorBase_V1):
         else:
             self._names = list(kv_cache_config.kv_cache_groups[0].layer_names)
             self._views: list[torch.Tensor] = []
-            self._pool: torch.Tensor | None = None
+            self._moves: Mover | None = None
             self._failed: set[int] = set()
             self._done = Done()
 
@@ -228,15 +229,21 @@ class MidstreamConnector(KVConnectorBase_V1):
         self._views = geometry.layer_views(kv_caches, self._names, self._layout)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
-        for load in self._plan().loads:
+        loads = self._plan().loads
+        for load in loads:
             if load.slot < 0:
                 self._failed.add(load.block)
                 continue
             # To the device in one piece; the layers' blocks are strided.
-            whole = self._slot(load.slot).to(self._views[0].device)
-            for view, saved in zip(self._views, whole, strict=True):
+            first, size = self._views[0], self._layout
+            whole = torch.empty(1, size.slot_elements, dtype=first.dtype, device=first.device)
+            self._mover().load([load.slot], whole)
+            shape = size.layers, 2, size.block_tokens, size.kv_heads, size.head_dim
+            for view, saved in zip(self._views, whole.view(shape), strict=True):
                 geometry.in_slot_order(view[load.block]).copy_(saved)
             self._done.loaded.append(load.slot)
+        if loads:
+            self._mover().wait()  # the scheduler's half lets go of the slots
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """All layers were loaded before the model began."""
@@ -252,8 +259,10 @@ class MidstreamConnector(KVConnectorBase_V1):
             return
         for save in saves:
             layers = [geometry.in_slot_order(view[save.block]) for view in self._views]
-            self._slot(save.slot).copy_(torch.stack(layers))
+            self._mover().save(torch.stack(layers).view(1, -1), [save.slot])
             self._done.saved.append(save.slot)
+        if saves:
+            self._mover().wait()
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         done, self._done = self._done, Done()
@@ -271,13 +280,16 @@ class MidstreamConnector(KVConnectorBase_V1):
         assert isinstance(plan, Plan)
         return plan
 
-    def _slot(self, slot: int) -> torch.Tensor:
-        """[layer][key, value][token][kv head][head_dim] in the pool. The scheduler's half is made after the worker's,
-        so
-        its pool is fetched when the first block moves."""
-        if self._pool is None:
-            self._pool = map_pool(self._path, self._layout)
-        return self._pool[slot]
+    def _mover(self) -> Mover:
+        """Over the pool. The scheduler's half is made after the worker's, so its pool is fetched when the first block
+        moves."""
+        if self._moves is None:
+            slots = map_pool(self._path, self._layout).view(self._layout.slots, -1)
+            device = self._views[0].device
+            if device.type == "cuda":
+                pin(slots)
+            self._moves = Mover(slots, device)
+        return self._moves
 
 
 def _plain(request: Request) -> bool:

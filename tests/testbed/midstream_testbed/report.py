@@ -103,7 +103,7 @@ def _notice(r: dict[str, Any]) -> list[str]:
         f"MigrationJobs: {notice['jobs']}",
         f"  in time        from the notice to PAUSE {notice['notice_to_pause_ms']:.0f} ms; "
         f"{notice['left_at_release_s']:.1f} s were left when the source had let go",
-        f"  the plan       {notice['plan']}",
+        textwrap.fill(notice["plan"], WIDTH, initial_indent="  the plan       ", subsequent_indent=" " * 17),
     ]
 
 

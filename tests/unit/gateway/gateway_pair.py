@@ -28,7 +28,7 @@ from midstream_runtime.handoff import Connection, Handler
 ROOT = Path(__file__).resolve().parents[3]
 PYTHON = os.environ.get("MIDSTREAM_ENGINE_PYTHON", "/usr/bin/python3")
 MODEL = "midstream-tiny"
-LIMIT_S = 60.0
+LIMIT_S = 180.0
 
 
 @pytest.fixture(scope="session")

@@ -353,6 +353,18 @@ def test_the_tail_goes_the_sooner_way(size: int, rate: float, tokens: int, prefi
     assert tail_choice(size, rate, tokens, prefill) == choice
 
 
+def test_the_lower_limit_of_job_and_agent_counts() -> None:
+    from midstream_agent.contract import agent_pb2 as pb
+    from midstream_agent.kv_source import settings_for
+
+    for agent, job, counts in ((0, 0, 0), (5, 0, 5), (0, 7, 7), (5, 7, 5), (9, 7, 7)):
+        request = pb.MigrateRequest(kv_bytes_per_s=job)
+        assert settings_for(replace(KV, bytes_per_s=agent), request).bytes_per_s == counts
+    knows = replace(KV, prefill_tokens_per_s=5000.0)
+    assert settings_for(knows, pb.MigrateRequest()).prefill_tokens_per_s == 5000
+    assert settings_for(knows, pb.MigrateRequest(kv_mode=pb.KV_MODE_COPY)).prefill_tokens_per_s == 0
+
+
 def test_other_fingerprints_are_seen_before_anything_is_sent() -> None:
     from midstream_agent.precopy import why_not
 

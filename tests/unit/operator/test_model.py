@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from midstream_operator.endpoints import endpoint_slice
 from midstream_operator.errors import Final, reason_of
 from midstream_operator.lease import TERM_SIZE, Epochs, next_term
-from midstream_operator.model import FipSpec, JobSpec, duration_ms, label_value, matches, parse_time
+from midstream_operator.model import FipSpec, JobSpec, bytes_of, duration_ms, label_value, matches, parse_time
 from midstream_operator.notices.base import Notice, NoticeKind
 from midstream_operator.notices.eviction import EvictionSource
 from midstream_operator.providers.base import Place
@@ -46,12 +46,16 @@ def test_a_specs_fields_are_read() -> None:
     spec = JobSpec.of(
         job_object(
             target={"nodeName": "b"}, deadline="2026-01-01T00:02:00Z", maxStall="2s", abort=True,
-            kv={"mode": "Replay", "maxBandwidth": 5}, ttlSecondsAfterFinished=0,
+            kv={"mode": "Replay", "maxBandwidth": "5Mi"}, ttlSecondsAfterFinished=0,
         )
     )  # fmt: skip
     assert (spec.target.node, spec.target.pod, spec.abort, spec.ttl_s) == ("b", "", True, 0)
     assert spec.deadline == T0 + timedelta(minutes=2)
-    assert (spec.max_stall_ms, spec.kv_mode, spec.kv_max_bandwidth) == (2000, "Replay", "5")
+    assert (spec.max_stall_ms, spec.kv_mode, spec.kv_bytes_per_s) == (2000, "Replay", 5 << 20)
+    assert [JobSpec.of(job_object(kv=kv)).kv_bytes_per_s for kv in ({}, {"maxBandwidth": 7})] == [0, 7]
+    assert [bytes_of(q) for q in ("5", "20k", "500M", "1G", "3Ki", "2Gi")] == [
+        5, 20_000, 500_000_000, 10**9, 3 << 10, 2 << 30,
+    ]  # fmt: skip
     assert duration_ms("250ms") == 250
 
 

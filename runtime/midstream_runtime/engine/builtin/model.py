@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from midstream_runtime.contract.pool import PoolLayout
+from midstream_runtime.device import Mover
 from midstream_runtime.engine.builtin.dense import rope_tables
 from midstream_runtime.engine.builtin.weights import ModelConfig, Weights
 
@@ -93,6 +94,7 @@ class PagedDecoder:
         self._pool_rows = pool_rows
         self._mirrored = self.device.type != "cpu" if mirror is None else mirror
         self._rows = pool_rows.to(self.device, copy=True) if self._mirrored else pool_rows
+        self._mover = Mover(pool_rows.view(layout.slots, -1), self.device)
         self._embedding = self._place(weights["model.embed_tokens.weight"])
         head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
         norm = weights["model.norm.weight"].double() * config.hidden_size**0.5
@@ -118,10 +120,8 @@ class PagedDecoder:
     def load_slots(self, slots: Sequence[int]) -> None:
         """KV that an agent wrote into the pool becomes visible to the device."""
         if self._mirrored and slots:
-            view = self._pool_rows.view(self.layout.slots, -1)
-            mirror = self._rows.view(self.layout.slots, -1)
-            index = torch.tensor(list(slots))
-            mirror[index.to(self.device)] = view[index].to(self.device)
+            self._mover.load(slots, self._rows.view(self.layout.slots, -1), slots)
+            self._mover.wait()  # the slots may be released before the next step
 
     def step(self, works: Sequence[Work], interrupted: Callable[[], bool] = lambda: False) -> torch.Tensor:
         """float32 logits [len(works), vocab] on the CPU, after each work's last token."""
