@@ -154,16 +154,16 @@ class NetWorker:
             return unless_exists(pod.addr, "add", index=index, address=address, prefixlen=_bits(address), **extra)
 
     def del_pod_address(self, pod_netns: int, address: str) -> None:
+        """The CNI may have taken the interface away, and the address with it: our fd keeps a dead pod's namespace."""
         with netns.inside(pod_netns), IPRoute() as pod:
-            index = pod.link_lookup(ifname="eth0")[0]
-            unless_gone(pod.addr, "del", index=index, address=address, prefixlen=_bits(address))
+            for index in pod.link_lookup(ifname="eth0"):
+                unless_gone(pod.addr, "del", index=index, address=address, prefixlen=_bits(address))
 
     def pod_addresses(self, pod_netns: int) -> list[str]:
         """Global addresses of the pod's eth0."""
         with netns.inside(pod_netns), IPRoute() as pod:
-            index = pod.link_lookup(ifname="eth0")[0]
-            entries = pod.get_addr(index=index, scope=0)
-            return [str(e.get_attr("IFA_ADDRESS")) for e in entries]
+            found = [e for index in pod.link_lookup(ifname="eth0") for e in pod.get_addr(index=index, scope=0)]
+            return [str(e.get_attr("IFA_ADDRESS")) for e in found]
 
     def handshakes(self, pod_netns: int, addresses: list[str]) -> int:
         """Connections to these addresses whose SYN was answered and whose client has not said anything since."""

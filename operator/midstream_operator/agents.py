@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import grpc
@@ -75,22 +76,34 @@ class Agents:
 
     # -- calls -----------------------------------------------------------------------------------------
 
-    async def describe(self, node: str) -> pb.DescribeReply:
+    @asynccontextmanager
+    async def _asking(self, node: str) -> AsyncIterator[rpc.AgentAsyncStub]:
+        """Whatever goes wrong with the call becomes Retryable or Final.
+
+        Calls to a node share its channel. The one that finds it broken closes it, and the others are cancelled by
+        that: to them it is an agent that does not answer, and not the end of their own task.
+        """
         try:
-            stub = await self._stub(node)
-            return await stub.Describe(pb.DescribeRequest(), timeout=self.settings.timeouts.agent_reply_s)
+            yield await self._stub(node)
         except aio.AioRpcError as e:
             raise await self._said(node, e) from e
+        except asyncio.CancelledError as e:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            text = f"the connection to the agent on {node} was found broken by another call"
+            raise Retryable("agent_unreachable", text) from e
+
+    async def describe(self, node: str) -> pb.DescribeReply:
+        async with self._asking(node) as stub:
+            return await stub.Describe(pb.DescribeRequest(), timeout=self.settings.timeouts.agent_reply_s)
 
     async def doctor(self, node: str, others: Iterable[str] = ()) -> pb.DoctorReply:
         """The node's findings; `others`: nodes to which it tries the tunnel."""
         agents = (self.view.agent(n) for n in others)
         peers = [pb.NodeRef(name=a.node, endpoint=a.endpoint) for a in agents if a is not None]
-        try:
-            stub = await self._stub(node)
+        async with self._asking(node) as stub:
             return await stub.Doctor(pb.DoctorRequest(peers=peers), timeout=self.settings.timeouts.agent_reply_s)
-        except aio.AioRpcError as e:
-            raise await self._said(node, e) from e
 
     async def survey(self, node: str, pod: pb.PodRef, timeout_s: float) -> pb.SurveyReply:
         """What the pod serves now, for the planner."""
@@ -106,67 +119,57 @@ class Agents:
             raise await self._said(node, e) from e
 
     async def attach(self, node: str, request: pb.AttachAddressRequest) -> None:
-        try:
-            stub = await self._stub(node)
+        async with self._asking(node) as stub:
             await stub.AttachAddress(request, timeout=self.settings.timeouts.agent_reply_s)
-        except aio.AioRpcError as e:
-            raise await self._said(node, e) from e
 
     async def detach(self, node: str, request: pb.DetachAddressRequest) -> None:
-        try:
-            stub = await self._stub(node)
+        async with self._asking(node) as stub:
             await stub.DetachAddress(request, timeout=self.settings.timeouts.agent_reply_s)
-        except aio.AioRpcError as e:
-            raise await self._said(node, e) from e
 
     async def migrate(self, node: str, request: pb.MigrateRequest) -> AsyncIterator[pb.MigrateEvent]:
         """Start the job or follow it; ends after the event that carries the report."""
-        try:
-            stub = await self._stub(node)
+        async with self._asking(node) as stub:
             async for event in stub.Migrate(request):
                 yield event
-        except aio.AioRpcError as e:
-            raise await self._said(node, e) from e
 
     async def status(self, node: str, job: str) -> pb.JobReport | None:
         """None: this agent knows no such job."""
+        request = pb.StatusRequest(job_id=job)
         try:
-            stub = await self._stub(node)
-            reply = await stub.Status(pb.StatusRequest(job_id=job), timeout=self.settings.timeouts.agent_reply_s)
-        except aio.AioRpcError as e:
-            error = await self._said(node, e)
-            if error.code == "unknown_job":
+            async with self._asking(node) as stub:
+                reply = await stub.Status(request, timeout=self.settings.timeouts.agent_reply_s)
+        except Final as e:
+            if e.code == "unknown_job":
                 return None
-            raise error from e
+            raise
         return reply.jobs[0] if reply.jobs else None
 
     async def abort(self, node: str, job: str) -> tuple[bool, str]:
-        try:
-            stub = await self._stub(node)
+        async with self._asking(node) as stub:
             reply = await stub.Abort(pb.AbortRequest(job_id=job), timeout=self.settings.timeouts.agent_reply_s)
-        except aio.AioRpcError as e:
-            raise await self._said(node, e) from e
         return reply.accepted, reply.message
 
     async def declare_gone(self, node: str, request: pb.DeclareGoneRequest) -> pb.DeclareGoneReply:
         """To the source's agent of its target's node, or to the target's of its source's."""
-        try:
-            stub = await self._stub(node)
+        async with self._asking(node) as stub:
             return await stub.DeclareGone(request, timeout=self.settings.timeouts.agent_reply_s)
-        except aio.AioRpcError as e:
-            raise await self._said(node, e) from e
 
     async def notices(self, node: str) -> AsyncIterator[pb.Notice]:
         """What the node's instance metadata says of its end: all that stands, then each change."""
+        async with self._asking(node) as stub:
+            async for notice in self._notices(node, stub):
+                yield notice
+
+    async def _notices(self, node: str, stub: rpc.AgentAsyncStub) -> AsyncIterator[pb.Notice]:
         try:
-            stub = await self._stub(node)
             async for notice in stub.Notices(pb.NoticesRequest()):
                 yield notice
         except aio.AioRpcError as e:
-            if e.code() is grpc.StatusCode.UNIMPLEMENTED:  # of an older version: its other calls are sound
-                text = f"the agent on {node} tells no notices: it is older than this operator"
-                raise Final("agent_tells_no_notices", text) from e
-            raise await self._said(node, e) from e
+            if e.code() is not grpc.StatusCode.UNIMPLEMENTED:
+                raise
+            # of an older version: its other calls are sound
+            text = f"the agent on {node} tells no notices: it is older than this operator"
+            raise Final("agent_tells_no_notices", text) from e
 
     async def _said(self, node: str, e: aio.AioRpcError) -> Final | Retryable:
         """The agent's own words, or that it does not answer."""

@@ -7,6 +7,7 @@ ones, and everything of ours runs in a container that the kubelet has started, w
 from __future__ import annotations
 
 import json
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,12 +21,14 @@ from midstream_testbed.cluster import CHECKOUT, ControlPlane
 from midstream_testbed.machine import Client
 from midstream_testbed.node import KubeNode
 from midstream_testbed.vpc import Vpc
+from traffic import PORT
 
 Json = dict[str, Any]
 T = TypeVar("T")
 SYSTEM = "midstream-system"
 POOL = "10.77.0.96/28"
-MODEL_PORT, PRESTOP_PORT = 8000, 8002
+ENGINE_SOCKET = "/run/midstream/engine.sock"
+TOLD_TO_STOP = "told to stop"
 CHART_PATIENCE_S = 240
 STRATEGY = {"rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}}
 
@@ -62,7 +65,7 @@ class World:
                 raise
 
     def add_nodes(self, *names: str) -> None:
-        store = images.prepared(["pause", "operator", "agent", "builtin"])
+        store = images.prepared(["pause", "operator", "agent", "runtime", "builtin"])
         for name in names:
             host = self.vpc.host(name)
             self.nodes[name] = KubeNode(self.plane, host, store, labels={"topology.kubernetes.io/zone": "zone-1"})
@@ -71,24 +74,16 @@ class World:
 
     def install(self) -> None:
         """As a user would, with values for this network."""
-        eth1 = self.nodes["node-a"].host.eth1
-        values = {
-            "image": {"registry": "localhost", "tag": "test", "pullPolicy": "Never"},
-            "pools": [{"name": "default", "provider": "l2", "cidrs": [POOL]}],
-            "agent": {"nic": eth1.name, "nicGatewayV4": eth1.gateway4, "nicGatewayV6": eth1.gateway6},
-            "webhook": {"enabled": True, "failurePolicy": "Fail"},
-        }
         path = self.folder / "values.json"
-        path.write_text(json.dumps(values), encoding="utf-8")
+        path.write_text(json.dumps(self.values()), encoding="utf-8")
         self.helm("install", "midstream", CHECKOUT / "charts/midstream", "-f", path, "--create-namespace", "--wait")
 
     def serve(self, replicas: int = 2) -> Place:
-        """Pods on both nodes, an address on one of them: Ready, all of it."""
+        """A Deployment's pods on both nodes, an address on one of them: Ready, all of it."""
         place = Place(self, "default", "")
-        deployment = {"replicas": replicas, "selector": {"matchLabels": {"app": "llm"}}, "strategy": STRATEGY}
-        deployment["template"] = {"metadata": serving_metadata(), "spec": serving_spec()}
-        meta = {"name": "llm"}
-        place.create({"apiVersion": "apps/v1", "kind": "Deployment", "metadata": meta, "spec": deployment})
+        spec = {"replicas": replicas, "selector": {"matchLabels": {"app": "llm"}}, "strategy": STRATEGY}
+        spec["template"] = serving_template()
+        place.create({"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "llm"}, "spec": spec})
         place.wait_ready(replicas)
         fip, service = yaml.safe_load_all((CHECKOUT / "examples/floatingip.yaml").read_text(encoding="utf-8"))
         place.create(fip, service)
@@ -102,6 +97,34 @@ class World:
     def helm(self, *args: str | Path) -> str:
         every = ("--namespace", SYSTEM, f"--timeout={CHART_PATIENCE_S}s")
         return self.plane.run("helm", *args, *every, timeout_s=CHART_PATIENCE_S + 30).stdout
+
+    def values(self) -> Json:
+        eth1 = self.nodes["node-a"].host.eth1
+        return {
+            "image": {"registry": "localhost", "tag": "test", "pullPolicy": "Never"},
+            "pools": [{"name": "default", "provider": "l2", "cidrs": [POOL]}],
+            "agent": {"nic": eth1.name, "nicGatewayV4": eth1.gateway4, "nicGatewayV6": eth1.gateway6},
+            "webhook": {"enabled": True, "failurePolicy": "Fail"},
+        }
+
+    def kill(self, part: str, node: str = "") -> None:
+        """A pod of ours, without a word to it: the operator that leads, or the agent of a node."""
+        name = self._agent(node) if part == "agent" else self.leader()
+        self.plane.kubectl("delete", "pod", "-n", SYSTEM, name, "--grace-period=0", "--force")
+
+    def leader(self) -> str:
+        lease = self.plane.get("leases", "-n", SYSTEM, "midstream-operator")
+        return str(lease["spec"]["holderIdentity"]).rpartition("_")[0]
+
+    def _agent(self, node: str) -> str:
+        where = f"--field-selector=spec.nodeName={node}"
+        (pod,) = self.plane.get("pods", "-n", SYSTEM, "-l", "app.kubernetes.io/component=agent", where)["items"]
+        return str(pod["metadata"]["name"])
+
+    def wait_whole(self) -> None:
+        """All that the chart installs is Ready."""
+        for what in ("daemonset/midstream-agent", "deployment/midstream-operator"):
+            self.plane.kubectl("rollout", "status", "-n", SYSTEM, what, "--timeout=120s", timeout_s=130)
 
     def tell(self) -> None:
         """What a person would look at first, into the test's output."""
@@ -131,6 +154,32 @@ class Place:
         items = {"apiVersion": "v1", "kind": "List", "items": objects}
         done = self.world.plane.kubectl("create", "-n", self.name, "-o", "name", "-f", "-", input=json.dumps(items))
         return done.stdout.split()[-1].rpartition("/")[2]
+
+    def kubectl(self, *args: str, timeout_s: float = 180) -> str:
+        return self.world.plane.kubectl("-n", self.name, *args, timeout_s=timeout_s).stdout
+
+    @contextmanager
+    def follow_log(self, pod: str, container: str) -> Iterator[Callable[[], list[str]]]:
+        """``kubectl logs -f --timestamps`` until the container has ended: what it has said, once the block is left."""
+        path = self.world.folder / f"{pod}-{container}.log"
+        plane = self.world.plane
+        argv = [str(plane.binaries / "kubectl"), "-n", self.name, "logs", "-f", "--timestamps", pod, "-c", container]
+        with path.open("wb") as out:
+            process = subprocess.Popen(argv, stdout=out, env={"KUBECONFIG": str(plane.kubeconfig)})
+        try:
+            yield lambda: path.read_text(encoding="utf-8").splitlines()
+            process.wait(60)
+        finally:
+            process.kill()
+            process.wait()
+
+    def is_rolled_out(self, deployment: str) -> bool:
+        """Of the newest template all, of older ones none, not even one that is going away."""
+        found = self.get("deployment", deployment)
+        status, wanted = found["status"], found["spec"]["replicas"]
+        seen = status.get("observedGeneration", 0) >= found["metadata"]["generation"]
+        new = {status.get(name, 0) for name in ("updatedReplicas", "replicas", "readyReplicas")}
+        return bool(seen) and new == {wanted} and len(self.get("pods", "-l", "app=llm")["items"]) == wanted
 
     def get(self, *args: str) -> Json:
         found: Json = self.world.plane.get("-n", self.name, *args)
@@ -167,8 +216,28 @@ class Place:
         node = self.holder()["spec"]["nodeName"]
         return next(p for p in self.pods() if p["spec"]["nodeName"] != node)
 
+    def spread(self) -> None:
+        """Two Ready pods on two nodes again: a drain or a rollout may have left both on one."""
+        pods, holder = self.wait_ready(2), self.holder()
+        if len({p["spec"]["nodeName"] for p in pods}) == 1:
+            (other,) = [p["metadata"]["name"] for p in pods if p["metadata"]["uid"] != holder["metadata"]["uid"]]
+            self.kubectl("delete", "pod", other)
+            self.wait_ready(2)
+
     def job(self, name: str) -> Json:
         return self.get("migrationjobs", name)
+
+    def phase(self, name: str) -> str:
+        return str(self.job(name).get("status", {}).get("phase", ""))
+
+    def wait_ended(self, name: str) -> Json:
+        """The status in which the job has ended."""
+
+        def look() -> Json:
+            status: Json = self.job(name).get("status", {})
+            return status if "completionTime" in status else {}
+
+        return wait_for(f"the end of job {name}", look, 90)
 
     def events(self, kind: str, name: str) -> list[str]:
         found = self.get("events", f"--field-selector=involvedObject.kind={kind},involvedObject.name={name}")["items"]
@@ -184,36 +253,47 @@ def _is_ready(pod: Json) -> bool:
     return any(c["type"] == "Ready" and c["status"] == "True" for c in pod["status"].get("conditions", []))
 
 
-def serving_metadata() -> Json:
+def serving_template() -> Json:
+    """Gateway and built-in engine, a container each, unprivileged; the webhook adds hook and grace."""
     labels = {"app": "llm", "midstream.dev/enabled": "true", "midstream.dev/model": "tiny"}
-    return {"labels": labels, "annotations": {"midstream.dev/gateway": "own"}}
-
-
-def serving_spec() -> Json:
-    restricted = {
-        "allowPrivilegeEscalation": False,
-        "readOnlyRootFilesystem": True,
-        "runAsNonRoot": True,
-        "capabilities": {"drop": ["ALL"]},
-        "seccompProfile": {"type": "RuntimeDefault"},
-    }
     spread = {"topologyKey": "kubernetes.io/hostname", "labelSelector": {"matchLabels": {"app": "llm"}}}
-    return {
+    wish = [{"weight": 100, "podAffinityTerm": spread}]
+    spec = {
         "automountServiceAccountToken": False,
-        "affinity": {"podAntiAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [
-            {"weight": 100, "podAffinityTerm": spread}
-        ]}},
-        "containers": [{
-            "name": "llm",
-            "image": "localhost/midstream-builtin:test",
-            "imagePullPolicy": "Never",
-            "args": [f"--listen=[::]:{MODEL_PORT}", "--engine-python=/usr/bin/python3", "--path-mtu=9001",
-                     f"--prestop-port={PRESTOP_PORT}", "--pace-ms=10", "--pool-slots=1024"],
-            "ports": [{"name": "http", "containerPort": MODEL_PORT}],
-            "readinessProbe": {"httpGet": {"path": "/health", "port": MODEL_PORT}, "periodSeconds": 1},
-            "env": [{"name": "TMPDIR", "value": "/run/midstream"}],
-            "volumeMounts": [{"name": "midstream", "mountPath": "/run/midstream"}],
-            "securityContext": restricted,
-        }],
+        "affinity": {"podAntiAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": wish}},
+        "containers": [_gateway(), _engine()],
         "volumes": [{"name": "midstream", "emptyDir": {"medium": "Memory", "sizeLimit": "16Mi"}}],
-    }  # fmt: skip
+    }
+    return {"metadata": {"labels": labels, "annotations": {"midstream.dev/gateway": "own"}}, "spec": spec}
+
+
+def _gateway() -> Json:
+    args = [f"--listen=[::]:{PORT}", "--path-mtu=9001", "--prestop-port=8002", f"--engine={ENGINE_SOCKET}"]
+    probe = {"httpGet": {"path": "/health", "port": PORT}, "periodSeconds": 1}
+    return {**_unprivileged("gateway"), "args": args, "readinessProbe": probe, "ports": [{"containerPort": PORT}]}
+
+
+def _engine() -> Json:
+    """Says in its log when it is told to stop."""
+    run = "/usr/bin/python3 -m midstream_runtime.engine.builtin --model tiny --pool-slots 2048 --pace-ms 10"
+    script = f"trap 'echo {TOLD_TO_STOP}; kill $!' TERM; {run} --device cpu --socket {ENGINE_SOCKET} & wait; wait"
+    env = {"name": "PYTHONPATH", "value": "/opt/midstream/lib/python3.11/site-packages"}
+    container = _unprivileged("engine")
+    return {**container, "command": ["/bin/sh", "-c", script], "env": [*container["env"], env]}
+
+
+def _unprivileged(name: str) -> Json:
+    return {
+        "name": name,
+        "image": "localhost/midstream-builtin:test",
+        "imagePullPolicy": "Never",
+        "env": [{"name": "TMPDIR", "value": "/run/midstream"}],
+        "volumeMounts": [{"name": "midstream", "mountPath": "/run/midstream"}],
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "runAsNonRoot": True,
+            "capabilities": {"drop": ["ALL"]},
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+    }

@@ -2,20 +2,56 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import rights
 import yaml
 from midstream_testbed.cluster import CHECKOUT
-from nodes_world import Json, World
+from midstream_testbed.verdict import Answer
+from nodes_world import TOLD_TO_STOP, Json, Place, World, wait_for
 from traffic import Traffic, assert_nothing_happened
+
+TOKENS = 600  # one every 10 ms
+MOVE_SECONDS = 6.0  # of the network, where something is killed meanwhile
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with World.create(tmp_path_factory.mktemp("nodes")) as world:
         yield world
+
+
+@pytest.fixture(scope="module")
+def place(world: World) -> Place:
+    return world.serve()
+
+
+@pytest.fixture(scope="module")
+def references(world: World, place: Place, tmp_path_factory: pytest.TempPathFactory) -> list[Answer]:
+    """What clients get when nothing happens."""
+    traffic = Traffic(world.client, place.address, tmp_path_factory.mktemp("references"), TOKENS)
+    traffic.learn()
+    return traffic.references
+
+
+@pytest.fixture(autouse=True)
+def tell_of_a_failure(request: pytest.FixtureRequest, world: World) -> Iterator[None]:
+    """What the cluster has to say, while it is still there."""
+    before = request.session.testsfailed
+    yield
+    if request.session.testsfailed > before:
+        world.tell()
+
+
+@pytest.fixture
+def traffic(world: World, place: Place, references: list[Answer], tmp_path: Path) -> Traffic:
+    """To two Ready pods on two nodes, one with the address."""
+    world.wait_whole()
+    place.spread()
+    return Traffic(world.client, place.address, tmp_path, TOKENS, references)
 
 
 def migration_job(pod: str) -> Json:
@@ -26,25 +62,110 @@ def migration_job(pod: str) -> Json:
     return job
 
 
-def test_a_job_moves_the_streams_of_a_pod(world: World, tmp_path: Path) -> None:
-    place = world.serve()
-    traffic = Traffic(world.client, place.address, tmp_path, tokens=600)
-    traffic.learn()
-    with world.client.capture() as capture:
+def test_a_job_moves_the_streams_of_a_pod(place: Place, traffic: Traffic) -> None:
+    with traffic.client.capture() as capture:
         traffic.wait_under_way(traffic.start())
         source, target = place.holder(), place.spare()
         name = place.create(migration_job(source["metadata"]["name"]))
-        world.plane.kubectl("wait", "-n", place.name, "--for=condition=Complete", f"mj/{name}", "--timeout=60s")
-        still = [s for s in traffic.streams if s.process.poll() is None]
-        assert still, "the answers had ended before the job: it moved nothing"
-        world.plane.kubectl("delete", "pod", "-n", place.name, source["metadata"]["name"], "--force", "--wait=false")
+        assert place.wait_ended(name)["phase"] == "Succeeded", place.job(name)["status"]
+        place.kubectl("wait", "--for=condition=Complete", f"mj/{name}", "--timeout=1s")
+        assert any(s.process.poll() is None for s in traffic.streams), "the answers had ended before the job"
+        place.kubectl("delete", "pod", source["metadata"]["name"], "--grace-period=0", "--force")
         traffic.finish()
         assert_nothing_happened(traffic, capture)
     status = place.job(name)["status"]
-    assert status["phase"] == "Succeeded"
-    assert status["streams"]["migrated"] == len(traffic.streams)
+    assert (status["phase"], status["streams"]["migrated"]) == ("Succeeded", len(traffic.streams))
     assert status["target"]["podName"] == target["metadata"]["name"]
     assert status["kv"]["bytesSent"] > 0
     assert place.events("MigrationJob", name) == ["Planned", "Switching", "Committed", "Succeeded"]
     assert place.endpoint()["targetRef"]["name"] == target["metadata"]["name"]
     assert place.holder()["metadata"]["name"] == target["metadata"]["name"]
+
+
+def test_a_drain_waits_for_the_migration(world: World, place: Place, traffic: Traffic) -> None:
+    source = place.holder()
+    node, pod = source["spec"]["nodeName"], source["metadata"]["name"]
+    with traffic.client.capture() as capture, place.follow_log(pod, "engine") as log:
+        traffic.wait_under_way(traffic.start())
+        place.kubectl("drain", node, "--ignore-daemonsets", "--delete-emptydir-data", "--timeout=150s")
+        traffic.finish()
+        assert_nothing_happened(traffic, capture)
+    world.plane.kubectl("uncordon", node)
+    (job,) = [j for j in place.get("migrationjobs")["items"] if j["spec"]["source"]["podName"] == pod]
+    assert (job["spec"]["reason"], job["status"]["phase"]) == ("Drain", "Succeeded")
+    assert job["status"]["streams"]["migrated"] == len(traffic.streams)
+    (told,) = [line for line in log() if TOLD_TO_STOP in line]
+    # RELEASE comes before the job's end, and the hook lets the kubelet wait beyond it
+    assert datetime.datetime.fromisoformat(told.split()[0][:19]) >= moment(job["status"]["completionTime"])
+
+
+def moment(text: str) -> datetime.datetime:
+    return datetime.datetime.fromisoformat(text.removesuffix("Z"))
+
+
+def test_a_rollout_under_load_loses_no_stream(place: Place, traffic: Traffic) -> None:
+    before = {p["metadata"]["uid"] for p in place.pods()}
+    with traffic.client.capture() as capture:
+        traffic.wait_under_way(traffic.start())
+        place.kubectl("rollout", "restart", "deployment/llm")
+        traffic.keep_going(until=lambda: place.is_rolled_out("llm"))
+        traffic.finish()
+        assert_nothing_happened(traffic, capture)
+    assert not before & {p["metadata"]["uid"] for p in place.pods()}
+
+
+@pytest.mark.parametrize("victim", ["operator", "source agent", "source pod"])
+def test_a_death_in_mid_job_harms_no_stream(world: World, place: Place, traffic: Traffic, victim: str) -> None:
+    """The target owns the streams, the network has not moved the address: they come through the source's tunnel."""
+    world.vpc.fabric.move_seconds = MOVE_SECONDS
+    try:
+        with traffic.client.capture() as capture:
+            traffic.wait_under_way(traffic.start())
+            source = place.holder()
+            node, pod = source["spec"]["nodeName"], source["metadata"]["name"]
+            name = place.create(migration_job(pod))
+            wait_for("the commit", lambda: place.phase(name) not in ("", "Pending", "Preparing", "Switching"))
+            assert place.phase(name) == "Committing", place.job(name)["status"]
+            if victim == "source pod":
+                place.kubectl("delete", "pod", pod, "--grace-period=0", "--force")
+            else:
+                world.kill("agent" if victim == "source agent" else "operator", node)
+            status = place.wait_ended(name)
+            assert status["phase"] == "Succeeded", status
+            traffic.finish()
+            assert_nothing_happened(traffic, capture)
+    finally:
+        world.vpc.fabric.move_seconds = 0.0
+    assert status["streams"]["lost"] == 0
+    assert place.holder()["spec"]["nodeName"] != node
+
+
+@pytest.mark.parametrize("image", ["operator", "agent", "runtime", "builtin"])
+def test_an_image_starts_without_any_right(place: Place, image: str) -> None:
+    name = place.create(help_pod(image))
+    wait_for(f"the end of {name}", lambda: place.get("pod", name)["status"]["phase"] in ("Succeeded", "Failed"))
+    said = place.kubectl("logs", name)
+    assert place.get("pod", name)["status"]["phase"] == "Succeeded", said
+    assert said.startswith("usage: "), said
+
+
+def help_pod(image: str) -> Json:
+    """The image's own entry point and user; the agent's is root, and without capabilities nobody."""
+    context: Json = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True}
+    context["capabilities"] = {"drop": ["ALL"]}
+    context["runAsNonRoot"] = image != "agent"
+    container = {"name": "c", "image": f"localhost/midstream-{image}:test", "imagePullPolicy": "Never"}
+    spec = {"containers": [{**container, "args": ["--help"], "securityContext": context}], "restartPolicy": "Never"}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": f"help-{image}"}, "spec": spec}
+
+
+@pytest.mark.usefixtures("place")
+def test_nothing_was_forbidden_and_all_rights_of_certificates_are_used(world: World) -> None:
+    """Of all tests before. tests/cluster compares the other rights, with an authority of its own and no webhook."""
+    log = world.plane.audit()
+    for name in ("midstream-operator", "midstream-agent"):
+        assert rights.forbidden(log, name) == []
+        had, did = rights.granted(world.plane, name), rights.used(log, name)
+        assert did <= had
+        here = {r for r in had if r[0].startswith(("certificates", "admission")) or r[1] in ("secrets", "configmaps")}
+        assert here - did == set()

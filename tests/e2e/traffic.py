@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,8 @@ class Traffic:
         assert all(a.done and len(a.pieces) > self.tokens // 2 for a in self.references)  # some tokens have no text
 
     def start(self, count: int = len(PROMPTS)) -> list[Stream]:
-        started = []
-        for i in range(count):
-            started.append(self._curl(PROMPTS[i % len(PROMPTS)], self.references[i % len(PROMPTS)]))
+        which = [(self._count + i) % len(PROMPTS) for i in range(count)]
+        started = [self._curl(PROMPTS[i], self.references[i]) for i in which]
         self.streams += started
         return started
 
@@ -74,6 +74,14 @@ class Traffic:
             broken = [s.process.output() for s in streams if s.process.poll() is not None]
             assert not broken and time.monotonic() < end, f"the streams did not get going: {broken}"
             time.sleep(0.05)
+
+    def keep_going(self, until: Callable[[], bool]) -> None:
+        """One more client every second and a half, as long as something goes on."""
+        end = time.monotonic() + PATIENCE_S
+        while not until():
+            assert time.monotonic() < end, "it goes on for ever"
+            self.start(1)
+            time.sleep(1.5)
 
     def finish(self) -> None:
         for stream in self.streams:
