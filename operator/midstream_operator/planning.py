@@ -76,7 +76,7 @@ class Assumed:
         self.note(f"assumed: a prefill of {self.settings.prefill_tokens_per_s:g} tokens/s, which nobody measures")
         pod = figures.pod
         prefill = self.settings.prefill_tokens_per_s
-        return Target(pod.name, pod.node, self.kv_free(figures), self.settings.streams_free, prefill, pod.model)
+        return Target(pod.name, pod.node, self.kv_free(figures), self.settings.streams_free, prefill, _alike(pod))
 
 
 # -- asking
@@ -98,10 +98,15 @@ def streams_of(figures: Figures) -> list[Stream]:
     """Those that can move. How fast they grow, and when they end, nobody tells."""
     pod = figures.pod
     return [
-        Stream(f"{pod.name}/{s.id}", pod.name, s.address, int(s.kv_bytes), int(s.tokens), workload=pod.model)
+        Stream(f"{pod.namespace}/{pod.name}/{s.id}", pod.name, s.address, s.kv_bytes, s.tokens, workload=_alike(pod))
         for s in (figures.told.streams if figures.told else ())
         if s.movable
     ]
+
+
+def _alike(pod: Pod) -> str:
+    """Pods for which this is equal can take over from each other."""
+    return f"{pod.namespace}/{pod.model}"
 
 
 # -- one job
