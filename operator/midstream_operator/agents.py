@@ -107,16 +107,16 @@ class Agents:
 
     async def survey(self, node: str, pod: pb.PodRef, timeout_s: float) -> pb.SurveyReply:
         """What the pod serves now, for the planner."""
-        try:
-            stub = await self._stub(node)
-            return await stub.Survey(pb.SurveyRequest(pod=pod), timeout=timeout_s)
-        except aio.AioRpcError as e:
-            if e.code() is grpc.StatusCode.UNIMPLEMENTED:  # of an older version: its other calls are sound
-                raise Final("agent_surveys_nothing", f"the agent on {node} is older than this operator") from e
-            if e.code() is grpc.StatusCode.DEADLINE_EXCEEDED:  # no reason to close the channel over which a job runs
-                text = f"the agent on {node} did not tell within {timeout_s:g} s"
-                raise Retryable("agent_unreachable", text) from e
-            raise await self._said(node, e) from e
+        async with self._asking(node) as stub:
+            try:
+                return await stub.Survey(pb.SurveyRequest(pod=pod), timeout=timeout_s)
+            except aio.AioRpcError as e:
+                if e.code() is grpc.StatusCode.UNIMPLEMENTED:  # of an older version: its other calls are sound
+                    raise Final("agent_surveys_nothing", f"the agent on {node} is older than this operator") from e
+                if e.code() is grpc.StatusCode.DEADLINE_EXCEEDED:  # no reason to close the channel: a job may run
+                    text = f"the agent on {node} did not tell within {timeout_s:g} s"
+                    raise Retryable("agent_unreachable", text) from e
+                raise
 
     async def attach(self, node: str, request: pb.AttachAddressRequest) -> None:
         async with self._asking(node) as stub:

@@ -76,7 +76,7 @@ class Assumed:
         self.note(f"assumed: a prefill of {self.settings.prefill_tokens_per_s:g} tokens/s, which nobody measures")
         pod = figures.pod
         prefill = self.settings.prefill_tokens_per_s
-        return Target(pod.name, pod.node, self.kv_free(figures), self.settings.streams_free, prefill, pod.model)
+        return Target(pod.name, pod.node, self.kv_free(figures), self.settings.streams_free, prefill, _alike(pod))
 
 
 # -- asking
@@ -98,10 +98,15 @@ def streams_of(figures: Figures) -> list[Stream]:
     """Those that can move. How fast they grow, and when they end, nobody tells."""
     pod = figures.pod
     return [
-        Stream(f"{pod.name}/{s.id}", pod.name, s.address, int(s.kv_bytes), int(s.tokens), workload=pod.model)
+        Stream(f"{pod.namespace}/{pod.name}/{s.id}", pod.name, s.address, s.kv_bytes, s.tokens, workload=_alike(pod))
         for s in (figures.told.streams if figures.told else ())
         if s.movable
     ]
+
+
+def _alike(pod: Pod) -> str:
+    """Pods for which this is equal can take over from each other."""
+    return f"{pod.namespace}/{pod.model}"
 
 
 # -- one job
@@ -123,10 +128,13 @@ async def for_job(
         return Reckoning("; ".join(["no streams that could move now", *tail]))
     if deadline is None:
         return Reckoning("; ".join([_without_deadline(streams, bandwidth), *tail, *assumed.lines]))
-    situation = Situation(
-        source.node, time.time(), deadline.timestamp(), tuple(streams), (assumed.target(other),), bandwidth,
-        _calls(ctx, by_api), _costs(ctx.settings.planning, by_api, 0.0), switchover, by_api,
-    )  # fmt: skip
+    try:
+        situation = Situation(
+            source.node, time.time(), deadline.timestamp(), tuple(streams), (assumed.target(other),), bandwidth,
+            _calls(ctx, by_api), _costs(ctx.settings.planning, by_api, 0.0), switchover, by_api,
+        )  # fmt: skip
+    except ValueError as e:  # a pod may say anything, and its streams are to move all the same
+        return Reckoning(f"no plan, the pods' figures make no sense: {e}")
     made = plan(situation)
     return Reckoning("; ".join([*made.words, *tail, *assumed.lines]), _no_copy(made))
 
@@ -177,11 +185,14 @@ async def for_node(ctx: Context, facts: NodeFacts, seconds: float) -> str:
     assumed = Assumed(ctx.settings.planning)
     bandwidth = assumed.bandwidth(facts.node, sources)
     now_s, margin_s = time.time(), ctx.settings.handling.margin_s
-    situation = Situation(
-        facts.node, now_s, now_s + seconds, tuple(s for f in sources for s in streams_of(f)),
-        tuple(assumed.target(f) for f in targets), bandwidth, _calls(ctx, facts.by_api),
-        _costs(ctx.settings.planning, facts.by_api, margin_s), by_api=facts.by_api,
-    )  # fmt: skip
+    try:
+        situation = Situation(
+            facts.node, now_s, now_s + seconds, tuple(s for f in sources for s in streams_of(f)),
+            tuple(assumed.target(f) for f in targets), bandwidth, _calls(ctx, facts.by_api),
+            _costs(ctx.settings.planning, facts.by_api, margin_s), by_api=facts.by_api,
+        )  # fmt: skip
+    except ValueError as e:
+        return f"no plan, the pods' figures make no sense: {e}"
     silent = [f"{f.pod.name} told nothing: {f.why}" for f in sources if f.told is None]
     alone = [f"nobody can take over from {p.name}" for p in facts.pods if not facts.candidates[p.uid]]
     notes = [f"  {line}" for line in (*silent, *alone, *assumed.lines)]

@@ -25,9 +25,9 @@ from midstream_testbed.operated import Json, Operated, wait_until  # noqa: E402
 from midstream_testbed.spot import job_began  # noqa: E402
 from midstream_testbed.vpc import Vpc  # noqa: E402
 
-ROUNDS = 25
+ROUNDS = 20
 GOAL_S = 2.0  # p99, of the two minutes that EC2 gives
-POOL = "10.77.0.96/27"
+POOL = "10.77.0.224/27"
 KIND = "p4d.24xlarge"  # its interfaces hold an address of every round
 SERVE = ("--pace-ms", "20", "--pool-slots", "256")
 BODY = '{"model": "midstream-tiny", "prompt": "The system reads", "max_tokens": 1000, "stream": true}'

@@ -165,7 +165,8 @@ class Place:
         plane = self.world.plane
         argv = [str(plane.binaries / "kubectl"), "-n", self.name, "logs", "-f", "--timestamps", pod, "-c", container]
         with path.open("wb") as out:
-            process = subprocess.Popen(argv, stdout=out, env={"KUBECONFIG": str(plane.kubeconfig)})
+            env = {"KUBECONFIG": str(plane.kubeconfig), "HOME": str(plane.folder)}
+            process = subprocess.Popen(argv, stdout=out, env=env)
         try:
             yield lambda: path.read_text(encoding="utf-8").splitlines()
             process.wait(60)

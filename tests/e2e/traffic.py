@@ -67,7 +67,7 @@ class Traffic:
                 f"http://{self.address}:{PORT}/v1/completions"]  # fmt: skip
         return Stream(self.client.popen(argv, name=f"curl-{self._count}"), out, reference)
 
-    def wait_under_way(self, streams: list[Stream], share: float = 0.2) -> None:
+    def wait_under_way(self, streams: list[Stream], share: float = 0.1) -> None:
         """All of them have got their first tokens, and none is near its end."""
         end = time.monotonic() + PATIENCE_S
         while min(len(s.answer().pieces) for s in streams) < share * self.tokens:

@@ -104,6 +104,12 @@ def test_a_source_that_tells_nothing_is_said() -> None:
     assert "no figures of llm-0 (agent_unreachable" in reckon({"llm-1": ROOMY}).words
 
 
+def test_figures_that_make_no_sense_do_not_stop_the_move() -> None:
+    made = reckon({"llm-0": pb.SurveyReply(streams=[stream(1), stream(1)]), "llm-1": ROOMY})
+    assert made.words == "no plan, the pods' figures make no sense: two streams of a have one name"
+    assert not made.replay
+
+
 def test_without_a_deadline_there_is_nothing_to_give_up() -> None:
     words = reckon({"llm-0": pb.SurveyReply(streams=[stream(1), stream(2)]), "llm-1": ROOMY}, left_s=None).words
     assert words.startswith("no deadline: 2 streams with 128.0 MiB of KV, about 1.1 s")
