@@ -1,4 +1,4 @@
-"""KV between two nodes. Writes build/bench/kv.json.
+"""KV between two nodes. Writes build/bench/kv.json and build/bench/kv_switch.json.
 
 Copy: bytes a second of blocks of Llama-3-8B's size (2 MiB) from one host's pool into another's, each end a process of
 its own as the agents are, and CPU seconds a GB of both together; its reference is iperf3 with the same number of
@@ -40,7 +40,10 @@ LINK_MBITS = 2000
 IPERF_S = 2
 ADDRESS = "10.77.0.100"
 CONTEXTS = (128, 2048, 8192, 32_768)
-HOPS, PACE_MS, SPARE_BLOCKS = 6, 30, 220
+HOPS, PACE_MS = 6, 50
+LONG_CONTEXT, LONG_HOPS = 16_384, 3  # gigabytes a hop
+TOKENS = 3400  # of an answer that must outlast its hops
+SPARE_BLOCKS = TOKENS // 16 + 8
 ENGINE_SOCKET = "/run/midstream/engine.sock"
 
 
@@ -183,7 +186,7 @@ class Switch:
 
     def ask(self, folder: Path, context: int) -> Process:
         """A stream whose prompt has so many tokens and that goes on until it is killed."""
-        body = {"model": "synthetic", "prompt": [3 + (i * 7919) % 1000 for i in range(context)], "max_tokens": 3000,
+        body = {"model": "synthetic", "prompt": [3 + (i * 7919) % 1000 for i in range(context)], "max_tokens": TOKENS,
                 "stream": True, "ignore_eos": True, "temperature": 0}  # fmt: skip
         request, out = folder / f"{context}.json", folder / f"{context}.sse"
         request.write_text(json.dumps(body), encoding="utf-8")
@@ -202,12 +205,14 @@ class Switch:
         curl = self.ask(folder, context)
         capture = self.client.capture()
         windows = []
-        for _ in range(HOPS):
+        for _ in range(HOPS if context < LONG_CONTEXT else LONG_HOPS):
             time.sleep(0.5)
             report = self.fleet.migrate(self.pods[0].name, self.pods[1].host.name)
             if report["phase"] != "PHASE_SUCCEEDED" or report["kv"].get("blocksRecomputed"):
                 raise RuntimeError(f"{report['kv']}\n{report['output']}")
             self.pods.reverse()
+            if curl.poll() is not None:
+                raise RuntimeError(f"the answer with a context of {context} ended before its hops")
             ended = time.time()
             windows.append((ended - float(report["kv"].get("copyMs", 0)) / 1000 - 0.5, ended))
         packets = capture.stop()
@@ -251,8 +256,8 @@ def available_bytes() -> int:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
-        found = copies(Path(name)) + switches(Path(name))
-    rows.write("kv", found)
+        rows.write("kv", copies(Path(name)))
+        rows.write("kv_switch", switches(Path(name)))
 
 
 if __name__ == "__main__":
