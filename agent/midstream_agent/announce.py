@@ -18,6 +18,7 @@ import secrets
 import socket
 import struct
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from midstream_runtime.contract.errors import Final
@@ -228,3 +229,11 @@ async def resolve(net: NetWorker, index: int, name: str, address: str, timeout_s
         if mac:
             return _mac(mac)
     raise Final("gateway_silent", f"gateway {address} on {name} does not answer: check --nic-gateway and the link")
+
+
+def responder_for(address: str, candidates: Iterable[str]) -> str:
+    """The node address of the same family as the floating IP."""
+    for candidate in candidates:
+        if (":" in candidate) == (":" in address):
+            return str(candidate)
+    raise Final("no_probe_address", f"the other node has no address of the family of {address}: path cannot be proved")

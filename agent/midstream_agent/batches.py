@@ -15,27 +15,27 @@ import itertools
 
 from midstream_runtime.contract.errors import Final, MidstreamError, Retryable
 
-from midstream_agent import pods, saga, source, tcp
+from midstream_agent import pods, saga, source_commit, source_prepare, tcp
 from midstream_agent.contract import agent_pb2 as pb
+from midstream_agent.greeting import fds_of
 from midstream_agent.handoff import HandoffClient
 from midstream_agent.journal import Journal
 from midstream_agent.peer import PeerSession
 from midstream_agent.source import SourceJob
-from midstream_agent.target import fds_of
 
 TRIES = 2  # a stream's clients wait for each
 
 
 async def move_rest(job: SourceJob) -> None:
     """BATCHES: begin the address move, then take batch after batch until nothing movable is left."""
-    await source.let_go(job)
+    await source_commit.let_go(job)
     if not job.moving:
-        await source.begin_move(job)
+        await source_commit.begin_move(job)
     if not job.report.batches:
         add_report(job, job, "lost" if job.lost else "moved", job.lost)
     size = job.node.settings.limits.batch_streams
     while True:
-        streams = [] if job.stopped else await source.remaining_streams(job)
+        streams = [] if job.stopped else await source_prepare.remaining_streams(job)
         if not streams:
             break
         groups = [streams[i : i + size] for i in range(0, len(streams), size)]
@@ -46,7 +46,7 @@ async def move_rest(job: SourceJob) -> None:
         for end in ends:
             if isinstance(end, BaseException):
                 raise end
-    await source.end_copy(job)
+    await source_prepare.end_copy(job)
     counts = job.report.streams
     counts.total = max(counts.total, counts.migrated + counts.rolled_back + counts.lost + counts.unmovable)
 
@@ -180,7 +180,7 @@ async def _open(batch: SourceJob) -> None:
     else:
         await batch.peer.rename(batch.request.job_id)
     batch.peer.was_boot_id = batch.parent.peer.was_boot_id
-    await source.ask_prepare(batch, batch.listed)
+    await source_prepare.ask_prepare(batch, batch.listed)
     if batch.copy is not None:
         await batch.copy.catch_up(batch.addresses)
 
@@ -197,9 +197,9 @@ async def close_batch(batch: SourceJob) -> None:
 
 async def finish_batch(batch: SourceJob) -> None:
     """LET_GO: the sockets are closed, the target forgets the batch."""
-    await source.let_go(batch)
+    await source_commit.let_go(batch)
     batch.journal.decide("RELEASED")
-    await source.say_finished(batch)
+    await source_commit.say_finished(batch)
 
 
 def add_report(job: SourceJob, batch: SourceJob, outcome: str, cause: MidstreamError | None) -> None:
@@ -207,9 +207,7 @@ def add_report(job: SourceJob, batch: SourceJob, outcome: str, cause: MidstreamE
     report, part = job.report, batch.report
     count = len(batch.keys) // tcp.KEY_BYTES or len(batch.only or ())
     reason = cause.code if cause else ""
-    report.batches.add(
-        streams=count, start_ms=batch.paused_ms, hold_ms=part.hold_ms, outcome=outcome, reason=reason
-    )
+    report.batches.add(streams=count, start_ms=batch.paused_ms, hold_ms=part.hold_ms, outcome=outcome, reason=reason)
     if batch is job:
         return
     report.hold_ms = max(report.hold_ms, part.hold_ms)

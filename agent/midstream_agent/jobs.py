@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from midstream_runtime.contract.errors import Final, MidstreamError, Retryable
 
-from midstream_agent import batches, saga, source, tcp
+from midstream_agent import batches, saga, source_prepare, tcp
 from midstream_agent.contract import agent_pb2 as pb
 from midstream_agent.contract import logs
 from midstream_agent.journal import Journal, journals
@@ -117,7 +117,7 @@ class SourceJobs:
             log.exception("job %s", request.job_id)
             _failed(job, Final("internal", f"{type(e).__name__}: {e}"))
         finally:
-            await source.end_copy(job)
+            await source_prepare.end_copy(job)
             self._end(job, record)
 
     def _end(self, job: SourceJob, record: Record) -> None:
@@ -270,7 +270,7 @@ class SourceJobs:
 
     async def _take_up(self, job: SourceJob) -> None:
         """Bring back what the dead process held: pod, fds, peer, addresses."""
-        await source.connect_pod(job)
+        await source_prepare.connect_pod(job)
         await batches.take_up_sockets(job)
         plan = job.journal.decided("PLAN")
         job.addresses = plan["addresses"] if plan else list(job.request.addresses)

@@ -1,6 +1,6 @@
 """The saga: a tuple of steps, each with `do` and `undo`, and the one loop that runs them.
 
-    step          do (source.py)                                     undo
+    step          do (source_*.py)                                   undo
     CONNECT       pod, handoff, peer session                         close them
     PREPARE       hold attached, tunnel proved, SYNs silenced,       let SYNs in again
                   accept queue empty; target has blanks, the

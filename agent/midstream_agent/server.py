@@ -15,7 +15,7 @@ from midstream_agent.jobs import SourceJobs
 from midstream_agent.node import Node
 from midstream_agent.notices import NoticesMixin
 from midstream_agent.survey import survey
-from midstream_agent.target import TargetJobs
+from midstream_agent.target_jobs import TargetJobs
 
 
 class AgentService(NoticesMixin, rpc.AgentServicer):

@@ -1,34 +1,24 @@
 """The whole migration on one screen: which step follows which, what it does and how it is undone.
 
-What the steps mean is said in saga.py, what they do in source.py and batches.py, whom they ask in target.py.
+What the steps mean is said in saga.py, what they do in source_*.py and batches.py, whom they ask in target.py.
 """
 
 from __future__ import annotations
 
 from midstream_agent import batches
 from midstream_agent.saga import Step
-from midstream_agent.source import (
-    SourceJob,
+from midstream_agent.source import SourceJob, steers, waits
+from midstream_agent.source_commit import (
     commit,
-    connect,
-    disconnect,
-    export,
     follow_address,
-    hold,
     move_address,
-    pause,
-    prepare,
     release,
     send,
-    steers,
-    thaw,
-    unhold,
     unmove_address,
-    unpause,
-    unprepare,
     unsend,
-    waits,
 )
+from midstream_agent.source_freeze import export, hold, pause, thaw, unhold, unpause
+from midstream_agent.source_prepare import connect, disconnect, prepare, unprepare
 
 STEPS: tuple[Step[SourceJob], ...] = (
     Step("CONNECT", connect, disconnect),

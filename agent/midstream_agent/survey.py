@@ -9,10 +9,10 @@ from midstream_runtime.contract.errors import Final
 
 from midstream_agent import pods
 from midstream_agent.contract import agent_pb2 as pb
+from midstream_agent.greeting import greet
 from midstream_agent.handoff import HandoffClient
 from midstream_agent.kv import Geometry, PoolView
 from midstream_agent.node import Node
-from midstream_agent.target import greet
 
 
 async def survey(node: Node, uid: str) -> pb.SurveyReply:

@@ -15,7 +15,8 @@ from midstream_runtime.contract.errors import Final, MidstreamError
 from midstream_agent.contract import agent_pb2 as pb
 from midstream_agent.contract import logs
 from midstream_agent.hold_layout import NOTE
-from midstream_agent.target import ACTIVATED, GONE, RESTORED, TargetJob, TargetJobs
+from midstream_agent.target import ACTIVATED, GONE, RESTORED, TargetJob
+from midstream_agent.target_jobs import TargetJobs
 
 log = logging.getLogger(__name__)
 

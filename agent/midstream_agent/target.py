@@ -18,18 +18,17 @@ import os
 import struct
 import time
 from dataclasses import dataclass, field
-from typing import Any
 
-from midstream_runtime.contract import handoff as wire
 from midstream_runtime.contract.errors import Final, MidstreamError, Retryable
 
-from midstream_agent import failpoints, peer, pods, tcp, tunnel_check
+from midstream_agent import failpoints, pods, tcp
+from midstream_agent.announce import responder_for
+from midstream_agent.bring_up import bring_up, merge_notes
 from midstream_agent.contract import agent_pb2 as pb
-from midstream_agent.contract import logs
+from midstream_agent.greeting import check_mtu, check_same_software, fds_of, greet, listening_ports
 from midstream_agent.handoff import HandoffClient
-from midstream_agent.hold import ADDR_LEAVING, FLOW_HELD, FLOW_HERE
-from midstream_agent.hold_layout import NOTE, NOTE_DATA, NOTE_FIN, NOTE_RST, NOTE_RST_SEEN, NOTE_SEG, NOTE_TS
-from midstream_agent.journal import Journal, journals
+from midstream_agent.hold import ADDR_LEAVING, FLOW_HELD
+from midstream_agent.journal import Journal
 from midstream_agent.kv import Geometry, PoolView
 from midstream_agent.kv_target import NOT_HERE, KvTarget
 from midstream_agent.node import Attached, Node
@@ -41,7 +40,6 @@ log = logging.getLogger(__name__)
 NEW, PREPARED, RESTORED, ACTIVATED, DISCARDED = "NEW", "PREPARED", "RESTORED", "ACTIVATED", "DISCARDED"
 FURTHER = "FURTHER"
 GONE = "GONE"  # in the journal: the source's node, by proof
-NOTE_PAYLOAD = NOTE_DATA | NOTE_FIN
 
 
 @dataclass(slots=True)
@@ -91,7 +89,7 @@ class TargetJob:
     async def prepare(self, req: pb.PeerPrepare) -> pb.PeerPrepared:
         if self.state not in (NEW, PREPARED):
             raise Final("job_state", f"job {self.job_id} is {self.state} here: it cannot be prepared again")
-        _check_mtu(self.node.settings.nic.mtu_bytes, req.mtu_bytes)
+        check_mtu(self.node.settings.nic.mtu_bytes, req.mtu_bytes)
         await self._attach(req)
         if self.parent is not None:
             self.addresses, self.transit = self.parent.addresses, self.parent.transit
@@ -134,8 +132,8 @@ class TargetJob:
             self.handoff = HandoffClient(sock, self.node.settings.timeouts.handoff_s)
         hello = await greet(self.handoff, self.node.settings.node)
         try:
-            _check_same_software(hello.header, req)
-            self.ports, self.pod_version = _listening_ports(hello.header), int(hello.header["version"])
+            check_same_software(hello.header, req)
+            self.ports, self.pod_version = listening_ports(hello.header), int(hello.header["version"])
             missing = sorted(set(req.ports) - self.ports)
             if missing:
                 raise Final(
@@ -546,7 +544,7 @@ class TargetJob:
             sock = pods.connect_handoff(job.at.pod, node.settings.handoff_path)
             job.handoff = HandoffClient(sock, node.settings.timeouts.handoff_s)
             hello = await greet(job.handoff, node.settings.node)
-            job.ports = _listening_ports(hello.header)
+            job.ports = listening_ports(hello.header)
             hello.close()
         except MidstreamError as e:
             log.error("job %s: its pod cannot be reached after the restart: %s", job.job_id, e)
@@ -571,265 +569,6 @@ class TargetJob:
         ours = {tcp.mapped(a) for a in self.addresses}
         keys = [k for k in self.node.hold.flow_keys() if k[:16] in ours]
         self.keys, self.streams = b"".join(keys), len(keys)
-
-
-class TargetJobs:
-    """All jobs of this agent as a target, and the sessions that serve them."""
-
-    def __init__(self, node: Node) -> None:
-        self._node = node
-        self.jobs: dict[str, TargetJob] = {}
-        self.tasks = node.tasks
-
-    async def recover(self) -> None:
-        """Take up what an earlier process of this boot left."""
-        for path in journals(self._node.journal_folder, "target"):
-            journal = Journal.load(path)
-            job = await TargetJob.reopen(self._node, journal)
-            job.parent = self.jobs.get(journal.facts.get("part_of", ""))
-            if journal.decided(DISCARDED) or not journal.decided(RESTORED):
-                job.own_leftovers()
-                await job.discard()
-                continue
-            await job.reacquire()
-            self.jobs[job.job_id] = job
-            log.info("job %s: restored before this agent started, held until %s decides", job.job_id, job.source_node)
-
-    async def session(self, hello: pb.PeerHello) -> peer.Handler:
-        if tunnel_check.is_check(hello.job_id):
-            return tunnel_check.Answerer(self._node)
-        job = self.jobs.get(hello.job_id)
-        if job is None or job.state == DISCARDED:
-            job = self.jobs[hello.job_id] = TargetJob(self._node, hello.job_id, hello.node, hello.boot_id)
-        elif job.source_node != hello.node:
-            raise Final("peer_identity", f"job {hello.job_id} belongs to node {job.source_node}, not to {hello.node}")
-        self._node.check_epoch(f"job:{hello.job_id}", hello.epoch)
-        return TargetSession(self, job)
-
-    def forget(self, job: TargetJob) -> None:
-        """Nobody will ask for it again."""
-        self.jobs.pop(job.job_id, None)
-        self._node.forget_epoch(f"job:{job.job_id}")
-
-    def parent_of(self, job_id: str, batch: TargetJob) -> TargetJob:
-        """The job whose further batch this is: live here, of the same source."""
-        parent = self.jobs.get(job_id)
-        if parent is None or parent.state != ACTIVATED or parent.source_node != batch.source_node:
-            raise Final("job_state", f"job {job_id} is not under way here: it can have no further batch")
-        return parent
-
-
-class TargetSession(peer.Handler):
-    """Requests of one session, one at a time, also when two sessions of a job overlap."""
-
-    def __init__(self, jobs: TargetJobs, job: TargetJob) -> None:
-        self._jobs = jobs
-        self._job = job
-        job.sessions += 1
-
-    async def handle(self, request: pb.PeerRequest, reply: pb.PeerReply) -> None:
-        logs.JOB.set(self._job.job_id.partition("~")[0])
-        async with self._job.lock:
-            try:
-                await self._dispatch(request, reply)
-            except (OSError, ValueError, KeyError, TypeError) as e:
-                log.exception("job %s: %s failed", self._job.job_id, request.WhichOneof("body"))
-                raise Final("target_failed", f"{type(e).__name__}: {e}") from e
-
-    async def _dispatch(self, request: pb.PeerRequest, reply: pb.PeerReply) -> None:
-        job = self._job
-        match request.WhichOneof("body"):
-            case "prepare":
-                if request.prepare.part_of:
-                    job.parent = self._jobs.parent_of(request.prepare.part_of, job)
-                reply.prepared.CopyFrom(await job.prepare(request.prepare))
-            case "ship":
-                reply.restored.CopyFrom(await job.restore(request.ship))
-            case "move_address":
-                reply.address_moved.CopyFrom(await job.move_address(request.move_address))
-            case "commit":
-                reply.activated.CopyFrom(await job.activate(request.commit))
-            case "discard":
-                await job.discard()
-                self._jobs.forget(job)
-                reply.discarded.SetInParent()
-            case "finish":
-                if job.parent is not None:
-                    job.parent.count_further(job.streams - len(job.broken))
-                await job.finish()
-                self._jobs.forget(job)
-                reply.finished.SetInParent()
-            case other:
-                raise Final("peer_protocol", f"this agent does not know the request {other}: upgrade it first")
-
-    def session_ended(self) -> None:
-        self._jobs.tasks.start(f"end of {self._job.job_id}'s session", self._end())
-
-    async def _end(self) -> None:
-        """Before a checkpoint came there is nothing to wait for; afterwards only the source decides."""
-        self._job.sessions -= 1
-        async with self._job.lock:
-            if self._job.state in (NEW, PREPARED) and not self._job.sessions:
-                await self._job.discard()
-                self._jobs.forget(self._job)
-        if self._job.state == ACTIVATED and self._job.moved:
-            await self._bury()
-
-    async def _bury(self) -> None:
-        """Streams and addresses are here; a source that stays silent has nothing left that packets could go to."""
-        await asyncio.sleep(self._job.node.settings.timeouts.orphan_linger_s)
-        async with self._job.lock:
-            if not (self._job.sessions or self._job.gone) and self._jobs.jobs.get(self._job.job_id) is self._job:
-                log.info("job %s: its source is silent: the addresses are ours alone now", self._job.job_id)
-                await self._job.finish()
-                self._jobs.forget(self._job)
-
-
-async def fds_of(handoff: HandoffClient, job_id: str) -> list[int]:
-    """The job's sockets once more from the pod; none when the pod does not know the job (any more)."""
-    try:
-        answer = await handoff.ask("fds", {"job": job_id})
-    except Final as e:
-        if e.code != "unknown_job":
-            raise
-        return []
-    return answer.take_fds()
-
-
-# -- shared with the source's thaw -----------------------------------------------------------------------
-
-
-def bring_up(
-    node: Node, batch: tcp.Batch, fds: list[int], keys: bytes, notes: bytes, *, thaw: bool, here: bool = False
-) -> list[str]:
-    """Make held flows live: places in the streams first, then the gate, the clients' kept segments, then the rest.
-    Returns what failed, for each flow that is lost with it. `here`: their address is still on its way, so an entry
-    must say that they live on this node.
-
-    The gate opens only when no socket is in repair any more: a restored one would take a client's packet like any
-    other, acknowledge it with a timestamp of this host's own clock, and lose its bytes when it is seated again.
-    """
-    count = len(fds)
-    begin, finish = (batch.thaw_begin, batch.thaw_finish) if thaw else (batch.activate_begin, batch.activate_finish)
-    problems = [begin(fds, notes)]
-    if here:
-        node.set_state(keys, FLOW_HERE)
-    else:
-        node.hold.delete_flows(keys, count)
-    notes = with_late_payloads(notes, node.hold.read_notes(keys, count))
-    node.injector.play(batch.client_packets(notes, tcp.PRIME))
-    node.injector.play(batch.client_packets(notes, tcp.PLAY))
-    problems.append(finish(fds, notes))
-    broken = {i: tcp.strerror(error) for errors in reversed(problems) for i, error in enumerate(errors) if error}
-    for i, why in broken.items():
-        log.error("flow %d of the batch: %s", i, why)
-    return [why for _, why in sorted(broken.items())]
-
-
-def with_late_payloads(notes: bytes, late: bytes) -> bytes:
-    """Add what clients sent while their sockets were being seated; acks and windows stay those of the seats."""
-    merged = bytearray(notes)
-    for at in range(0, len(late), NOTE.size):
-        came, have = (struct.unpack_from("=I", x, at + 4)[0] for x in (late, notes))
-        if came & NOTE_PAYLOAD and not have & (NOTE_PAYLOAD | NOTE_RST | NOTE_RST_SEEN):
-            ours, theirs = list(NOTE.unpack_from(notes, at)), NOTE.unpack_from(late, at)
-            ours[1] |= came & NOTE_PAYLOAD
-            ours[7:9], ours[12] = theirs[7:9], theirs[12]  # data_seq, data_len, data
-            NOTE.pack_into(merged, at, *ours)
-    return bytes(merged)
-
-
-def merge_notes(ours: bytes, theirs: bytes, count: int) -> bytes:
-    """For each flow what both nodes heard, `theirs` later: the newest segment, the payload of either, any RST.
-
-    A flow's packets reach the source's hold first and the target's once the address has moved. What the client sends
-    there may be newer and carry no payload that continues the stream; the payload kept at the source still does.
-    """
-    size = tcp.NOTE_BYTES
-    if len(ours) != count * size:
-        ours = bytes(count * size)
-    return b"".join(_merge_note(ours[at : at + size], theirs[at : at + size]) for at in range(0, count * size, size))
-
-
-def _merge_note(ours: bytes, theirs: bytes) -> bytes:
-    a, b = NOTE.unpack(ours), NOTE.unpack(theirs)
-    segment = b if b[1] & NOTE_SEG and not (a[1] & NOTE_SEG and _before(b[3], a[3])) else a
-    payload = b if _has_more(b, a) else a
-    reset = b if b[1] & (NOTE_RST | NOTE_RST_SEEN) else a
-    flags = segment[1] & (NOTE_SEG | NOTE_TS) | payload[1] & NOTE_PAYLOAD | (a[1] | b[1]) & (NOTE_RST | NOTE_RST_SEEN)
-    absorbed, answered = (a[i] + b[i] & 0xFFFFFFFF for i in (9, 10))
-    return NOTE.pack(b[0], flags, *segment[2:7], *payload[7:9], absorbed, answered, reset[11], payload[12])
-
-
-def _has_more(b: tuple[Any, ...], a: tuple[Any, ...]) -> bool:
-    """Take b's payload? It begins where the stream goes on; a's may be a guess (see midstream_maps.h)."""
-    if not b[1] & NOTE_PAYLOAD:
-        return False
-    if not a[1] & NOTE_PAYLOAD or _before(b[7], a[7]):
-        return True
-    ends = [n[7] + n[8] + bool(n[1] & NOTE_FIN) for n in (a, b)]
-    return _before(ends[0], ends[1])
-
-
-def _before(a: int, b: int) -> bool:
-    """Sequence numbers compare by signed distance."""
-    return (a - b) & 0xFFFFFFFF >= 0x80000000
-
-
-async def greet(handoff: HandoffClient | None, node: str) -> Any:
-    """Say hello to a pod; refuse by name one that speaks another protocol."""
-    assert handoff is not None
-    answer = await handoff.ask("hello", {"version": wire.VERSION, "min_version": wire.MIN_VERSION, "node": node})
-    version, minimum = answer.header.get("version", 0), answer.header.get("min_version", 0)
-    if version < wire.MIN_VERSION or minimum > wire.VERSION:
-        answer.close()
-        raise Final(
-            "handoff_version",
-            f"the pod speaks handoff {minimum}..{version}, this agent {wire.MIN_VERSION}..{wire.VERSION}: "
-            "use matching runtime and agent images",
-        )
-    return answer
-
-
-def fingerprint_of(header: dict[str, Any]) -> str:
-    model = header.get("model") or {}
-    return str(model.get("fingerprint", ""))
-
-
-def pool_fingerprint_of(header: dict[str, Any]) -> str:
-    pool = header.get("pool") or {}
-    return str(pool.get("fingerprint", ""))
-
-
-def _check_same_software(hello: dict[str, Any], req: pb.PeerPrepare) -> None:
-    if hello.get("pod_kind", "") != req.pod_kind:
-        raise Final("target_kind", f"the target pod is a {hello.get('pod_kind')!r}, the source a {req.pod_kind!r}")
-    if fingerprint_of(hello) != req.model_fingerprint:
-        raise Final(
-            "target_model", "the target pod serves another model (or other weights): choose a pod of the same workload"
-        )
-
-
-def _check_mtu(ours_bytes: int, theirs_bytes: int) -> None:
-    """Both ends of a stream have agreed on segments that fit the source's NIC."""
-    if ours_bytes < theirs_bytes:
-        raise Final(
-            "mtu_smaller",
-            f"the target's NIC has an MTU of {ours_bytes} bytes, the source's {theirs_bytes}: segments of its streams "
-            "would not fit; choose another target, or give both the same (--mtu)",
-        )
-
-
-def _listening_ports(hello: dict[str, Any]) -> set[int]:
-    return {int(x["port"]) for x in hello.get("listeners", [])}
-
-
-def responder_for(address: str, candidates: Any) -> str:
-    """The node address of the same family as the floating IP."""
-    for candidate in candidates:
-        if (":" in candidate) == (":" in address):
-            return str(candidate)
-    raise Final("no_probe_address", f"the other node has no address of the family of {address}: path cannot be proved")
 
 
 def _raise_first(errors: list[int], what: str) -> None:

@@ -1,6 +1,6 @@
 /* Who owns a flow, and how it changes hands: the rules of docs/ownership.md as a model that spin checks exhaustively.
  *
- * It mirrors source.py, target.py, saga.py, jobs.py and peer.py. One line of a `do` is one row of the table in
+ * It mirrors source_*.py, target.py, saga.py, jobs.py and peer.py. One line of a `do` is one row of the table in
  * docs/ownership.md, under the same name; EV prints it, so that a trail of spin reads as a sequence of rows and
  * tests/net/test_ownership_traces.py can play it against real agents.
  *
@@ -151,7 +151,7 @@ inline go_live(b) {
 	tlive[b] = 1; state[b] = ACTIVATED
 }
 
-/* -- the source's agent (source.py) ------------------------------------------------------------------------- */
+/* -- the source's agent (source_*.py) ----------------------------------------------------------------------- */
 
 proctype Source(byte b) {
 end:
