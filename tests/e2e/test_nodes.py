@@ -15,6 +15,7 @@ from nodes_world import TOLD_TO_STOP, Json, Place, World, wait_for
 from traffic import Traffic, assert_nothing_happened
 
 TOKENS = 900  # one every 10 ms
+ANOTHER_AUTHORITY = ("", "configmaps", "patch")  # used when the Secret holds another one than what agents were told
 MOVE_SECONDS = 6.0  # of the network, where something is killed meanwhile
 
 
@@ -168,4 +169,4 @@ def test_nothing_was_forbidden_and_all_rights_of_certificates_are_used(world: Wo
         had, did = rights.granted(world.plane, name), rights.used(log, name)
         assert did <= had
         here = {r for r in had if r[0].startswith(("certificates", "admission")) or r[1] in ("secrets", "configmaps")}
-        assert here - did == set()
+        assert here - did <= {ANOTHER_AUTHORITY}
