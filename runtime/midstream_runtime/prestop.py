@@ -1,9 +1,9 @@
 """The preStop hook of a serving pod: answers when the pod may be ended.
 
 The kubelet asks `GET /prestop?seconds=N` of every container before it sends SIGTERM (charts/ injects that). The answer
-comes when no answer is under way here any more and stayed so for a moment, in which connections that were idle move as
-well; or after N seconds. Whoever drains the node, rolls out or scales in thereby waits for the migration, which the
-pod's deletion has started.
+comes when no answer is under way here any more and no address of streams that have left is here any more, and it stayed
+so for a moment, in which connections that were idle move as well; or after N seconds. Whoever drains the node, rolls
+out or scales in thereby waits for the migration, which the pod's deletion has started.
 
 A port of its own: clients' requests go through the gateway's sockets, which move away.
 """
@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 log = logging.getLogger("midstream.prestop")
 MAX_S = 3600.0
-QUIET_S = 3.0  # a job needs less to move idle connections and their address
+QUIET_S = 3.0  # a job that the pod's deletion starts needs less to take the first streams
 POLL_S = 0.1
 REQUEST_S = 5.0  # for the request line and headers to come
 _REQUEST = re.compile(rb"GET /prestop(?:\?seconds=(\d{1,4}))? HTTP/1\.[01]\r\n")

@@ -151,7 +151,7 @@ async def run(options: Options) -> None:
                     tasks.create_task(_sweep(gateway), name="sweep"),
                 ]
                 if options.prestop_port:
-                    hook = await prestop.serve(options.prestop_port, lambda: bool(gateway.answers))
+                    hook = await prestop.serve(options.prestop_port, lambda: bool(gateway.answers or handoff.leaving()))
                     work.append(tasks.create_task(hook.serve_forever(), name="prestop"))
                 print(f"ready {info.model} on {options.listen[0]}:{options.listen[1]}", flush=True)
                 await stop.wait()

@@ -96,8 +96,8 @@ def test_a_drain_waits_for_the_migration(world: World, place: Place, traffic: Tr
     assert (job["spec"]["reason"], job["status"]["phase"]) == ("Drain", "Succeeded")
     assert job["status"]["streams"]["migrated"] == len(traffic.streams)
     (told,) = [line for line in log() if TOLD_TO_STOP in line]
-    # not as long as its streams were here: the hook kept the kubelet waiting until they were the target's
-    assert datetime.datetime.fromisoformat(told.split()[0][:19]) >= moment(job["status"]["pointOfNoReturn"])
+    # only after RELEASE: the hook kept the kubelet waiting until streams and address were the target's
+    assert datetime.datetime.fromisoformat(told.split()[0][:19]) >= moment(job["status"]["completionTime"])
 
 
 def moment(text: str) -> datetime.datetime:

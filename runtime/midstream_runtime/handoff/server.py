@@ -15,6 +15,7 @@ from __future__ import annotations
 import array
 import asyncio
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -83,6 +84,7 @@ class Handoff:
         self._jobs: dict[str, Job] = {}
         self._kv_jobs: dict[str, KvJob] = {}
         self._sessions: set[asyncio.Task[None]] = set()
+        self._left: set[str] = set()
         self._verbs: dict[str, Callable[[dict[str, Any], bytes], Awaitable[Reply]]] = {
             kind: getattr(self, f"_on_{kind}")
             for kind in (
@@ -301,10 +303,16 @@ class Handoff:
     async def _on_release(self, header: dict[str, Any], _: bytes) -> Reply:
         job = self._jobs.pop(str(header["job"]), None)
         if job is not None:
+            self._left |= _addresses(job.connections)
             for connection in job.connections:
                 connection.drop()
             await self.app.release(job.handlers)
         return Reply()
+
+    def leaving(self) -> set[str]:
+        """Addresses that this pod still has though streams of theirs have left: their migration is not over."""
+        self._left = {address for address in self._left if _is_here(address)}
+        return set(self._left)
 
     # -- requests: target ----------------------------------------------------------------------------------
 
@@ -354,6 +362,7 @@ class Handoff:
     async def _on_activate(self, header: dict[str, Any], _: bytes) -> Reply:
         job = self._jobs.pop(str(header["job"]), None)
         if job is not None:
+            self._left -= _addresses(job.connections)
             for connection in job.connections:
                 connection.thaw()
             await self.app.activate(job.handlers)
@@ -373,7 +382,6 @@ class Handoff:
             connection.drop()
         await self.app.release(job.handlers)
         await self.app.free(job.slots)
-
 
     # -- requests: KV while streams go on --------------------------------------------------------------------
 
@@ -465,6 +473,23 @@ def _control_socket(path: str) -> socket.socket:
     sock.listen()
     sock.setblocking(False)
     return sock
+
+
+def _addresses(connections: Sequence[Connection]) -> set[str]:
+    """This end's, of connections that are open."""
+    return {str(c.local()[0]) for c in connections if not c.closed}
+
+
+def _is_here(address: str) -> bool:
+    """Whether an interface of this network namespace has the address."""
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError as e:
+            if e.errno != errno.EADDRNOTAVAIL:
+                raise
+            return False
+    return True
 
 
 def _blank(family: int) -> socket.socket:

@@ -122,6 +122,30 @@ def test_pause_hands_out_sockets_and_state_and_resume_goes_on(tmp_path: Path) ->
     run(body)
 
 
+def test_an_address_is_leaving_from_release_until_the_pod_has_lost_it(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with pod(tmp_path) as p, p.agent() as agent:
+            await p.client()
+            paused = await agent.ask("pause", on())
+            paused.close()
+            assert p.handoff.leaving() == set()
+            await agent.ask("release", {"job": "j"})
+            p.handoff._left.add("192.0.2.1")  # on no interface (RFC 5737)
+            assert p.handoff.leaving() == {LOOPBACK}
+            with socket.create_server((LOOPBACK, 0)) as other:
+                blank = await agent.ask("blank", {"job": "k", "families": [socket.AF_INET]})
+                (fd,) = blank.take_fds(1)
+                with socket.socket(fileno=fd) as restored:
+                    restored.connect(other.getsockname())
+                await agent.ask("stage", {"job": "k", "count": 1, "slots": []}, paused.payload)
+                await agent.ask("activate", {"job": "k"})
+                assert p.handoff.leaving() == set()  # streams of it have come back
+                for connection in list(p.handoff.connections.values()):
+                    connection.drop()
+
+    run(body)
+
+
 def test_pause_and_fds_asked_again_give_the_same_streams(tmp_path: Path) -> None:
     async def body() -> None:
         async with pod(tmp_path) as p:
