@@ -133,7 +133,7 @@ def test_an_address_is_leaving_from_release_until_the_pod_has_lost_it(tmp_path: 
             p.handoff._left.add("192.0.2.1")  # on no interface (RFC 5737)
             assert p.handoff.leaving() == {LOOPBACK}
             with socket.create_server((LOOPBACK, 0)) as other:
-                blank = await agent.ask("blank", {"job": "k", "families": [socket.AF_INET]})
+                blank = await agent.ask("blank", {"job": "k", "families": [4]})
                 (fd,) = blank.take_fds(1)
                 with socket.socket(fileno=fd) as restored:
                     restored.connect(other.getsockname())
