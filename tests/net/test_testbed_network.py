@@ -434,4 +434,4 @@ def test_a_tracked_security_group_drops_a_flow_that_its_interface_never_saw_begi
             with world.pod_b.capture() as capture:
                 send_ip(world.out, packet, ip)
                 world.out.run(["ping", "-c1", "-W1", ip])
-            assert len(pcap.select(capture.stop(), sport=port)) == (0 if tracked else 1)
+            assert len(pcap.select(capture.stop(), sport=port, dport=9)) == (0 if tracked else 1)
