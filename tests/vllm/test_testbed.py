@@ -26,6 +26,7 @@ SERVER_PORT = 8001
 BLOCK_TOKENS = 128
 """The agent reserves four blocks a stream for what is decoded between its listing and the pause: with a model as
 small as this, hundreds of tokens."""
+TRIES = 3
 PROMPT_TOKENS = 100
 TOKENS = 5000  # many seconds: two busy servers leave agents little of two cores, and a move takes its time
 URL = f"http://{ADDRESS}:{PORT}/v1/completions"
@@ -133,26 +134,36 @@ def read_some(curl: Process, events: int) -> bytes:
 
 
 def test_streams_of_stock_servers_change_nodes_with_their_kv(vllm_town: VllmTown) -> None:
-    town = vllm_town
-    wanted = [whole(town.curl("-d", body(i), URL)) for i in range(2)]
+    """A machine that is so busy that both answers are over before the move is asked again, with other prompts."""
+    for first in range(0, 2 * TRIES, 2):
+        queries, hits = move_two(vllm_town, first)
+        if queries:
+            break
+    assert queries > 2 * (PROMPT_TOKENS + 40), "both answers went on at the target"
+    full = queries - 2 * BLOCK_TOKENS  # each has a tail that is no full block
+    assert hits >= 0.9 * full, f"{hits:g} of {queries:g} tokens"
+
+
+def move_two(town: VllmTown, first: int) -> tuple[float, float]:
+    """Two answers change nodes and are what they would have been; tokens that the target looked up, and found."""
+    bodies = [body(first + i) for i in range(2)]
+    wanted = [whole(town.curl("-d", data, URL)) for data in bodies]
     assert wanted[0] != wanted[1] and len(set(wanted[0])) > 20
     capture = town.client.capture()
     before = town.hits(town.pods[1])
 
     def begin() -> tuple[list[Process], list[bytes]]:
-        curls = [town.curl("-d", body(i), URL) for i in range(2)]
+        curls = [town.curl("-d", data, URL) for data in bodies]
         return curls, [read_some(curl, 5) for curl in curls]
 
     curls, begun = town.hop_under(begin)
-    for curl, first, one in zip(curls, begun, wanted, strict=True):
+    for curl, start, one in zip(curls, begun, wanted, strict=True):
         out, _ = curl.communicate(timeout=120)
         assert curl.returncode == 0, curl.output()
-        assert text(first + out) == one
+        assert text(start + out) == one
     assert [p for p in capture.stop() if p.rst] == []
     queries, hits = (now - then for now, then in zip(town.hits(town.pods[0]), before, strict=True))
-    assert queries > 2 * (PROMPT_TOKENS + 40), "both answers went on at the target"
-    full = queries - len(curls) * BLOCK_TOKENS  # each has a tail that is no full block
-    assert hits >= 0.9 * full, f"{hits:g} of {queries:g} tokens"
+    return queries, hits
 
 
 def test_without_the_connector_nothing_is_hit_and_the_text_is_the_same(plain_town: VllmTown) -> None:
