@@ -43,12 +43,13 @@ async def take_over(jobs: TargetJobs, job_id: str, node: str, evidence: str) -> 
         whole = first.state in (RESTORED, ACTIVATED)
         if whole:
             first.take_addresses()
-        for job in (first, *batches):
-            await _take_over(jobs, job, evidence, count)
+        await _take_over(jobs, first, evidence, count)
+        for job in batches:
+            async with job.lock:  # its session may still be about what the source said last
+                await _take_over(jobs, job, evidence, count)
+                job.close()
         if whole:
             await first.keep_addresses()
-    for job in batches:
-        job.close()
     message = f"{count.streams} streams are live here, {count.lost} are lost" + (f": {count.why}" if count.why else "")
     return pb.DeclareGoneReply(streams=count.streams, lost=count.lost, message=message)
 

@@ -362,7 +362,7 @@ class Run:
                 if isinstance(e, Final) and not (heard and e.code in _OURS):
                     raise
                 self._unanswered(e, heard, began)
-                gone = gone or (await self._gone(self.source_node, self.source_uid) if heard else "")
+                gone = gone or (await self._source_gone() if heard else "")
                 await asyncio.sleep(pause_s)
                 pause_s = min(pause_s * 2, self.ctx.settings.timeouts.retry_max_s)
 
@@ -431,12 +431,16 @@ class Run:
             if now() - began > timedelta(seconds=self.ctx.settings.timeouts.agent_patience_s):
                 raise Final(e.code, e.message)
 
-    async def _gone(self, name: str, pod_uid: str) -> str:
+    async def _source_gone(self) -> str:
+        """Proof, or what ends the source's say in Kubernetes: its agent could not be asked any more. Enough for a
+        target to take over, since a source that is not dead thaws nothing without that target's word."""
+        deleted = self.source_node not in self.ctx.view.nodes and self.source_uid not in self.ctx.view.pods
+        return "its Node and its pod were deleted" if deleted else await self._gone(self.source_node)
+
+    async def _gone(self, name: str) -> str:
         """What proves that a node is gone for good; empty: it may come back."""
         node = self.ctx.view.nodes.get(name)
-        if node is None:
-            return "" if pod_uid in self.ctx.view.pods else "its Node and its pod were deleted"
-        if node.ready:
+        if node is None or node.ready:
             return ""
         if node.leaving == OUT_OF_SERVICE:
             return f"taint {OUT_OF_SERVICE}"
@@ -446,9 +450,7 @@ class Run:
     async def _take_over(self, evidence: str) -> pb.JobReport:
         """The target makes live what has come to it whole, and says how much that is."""
         node, target = self.source_node, self.target_node
-        request = pb.DeclareGoneRequest(
-            job_id=self.agent_job, node=node, evidence=evidence, epoch=int(self.draft.status["epoch"])
-        )
+        request = pb.DeclareGoneRequest(job_id=self.agent_job, node=node, evidence=evidence, epoch=self.ctx.epoch())
         try:
             reply = await self.ctx.agents.declare_gone(target, request)
         except Final as e:
@@ -568,13 +570,12 @@ class Run:
 
     async def _declare_gone(self) -> None:
         """Tell the source when its target's node is proven gone: nothing else may end its waiting."""
-        target = str(self.draft.status["target"]["podUID"])
         evidence = ""
         while not evidence:
             await asyncio.sleep(self.ctx.settings.timeouts.gone_poll_s)
-            evidence = await self._gone(self.target_node, target)
+            evidence = await self._gone(self.target_node)
         request = pb.DeclareGoneRequest(
-            job_id=self.agent_job, node=self.target_node, evidence=evidence, epoch=int(self.draft.status["epoch"])
+            job_id=self.agent_job, node=self.target_node, evidence=evidence, epoch=self.ctx.epoch()
         )
         pause_s = self.ctx.settings.timeouts.retry_s
         while True:

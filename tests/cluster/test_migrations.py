@@ -322,8 +322,7 @@ def test_when_the_source_is_gone_for_good_the_target_takes_over_what_it_has(
     address = place.serving()["status"]["address"]
     with world.agents.stopped_at(step):
         name = place.add_job()
-        wait_for("the step", lambda: place.status(name).get("phase") in ("Switching", "Committing"))
-        time.sleep(0.5)  # its agent is at the step
+        wait_for("the step", lambda: place.status(name).get("source", {}).get("step") == step)
         with out_of_service(world, "a"):
             status = place.wait_job(name, "Succeeded", "Failed", timeout_s=40)
             assert (status["phase"], status["reason"]) == (end, reason), status

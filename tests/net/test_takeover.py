@@ -16,27 +16,12 @@ import pytest
 from midstream_agent.hold import Hold
 from midstream_testbed.fleet import Fleet
 from midstream_testbed.vpc import Vpc
+from ownership_replay import DECLARE_GONE
 from world import V4, V6, World
 
 CLIENTS = 6
 BATCH = 4  # of twelve streams
 MOVE_S = 2.0  # the network takes its time, and the dead node carries nothing meanwhile
-
-DECLARE_GONE = """
-import asyncio, sys
-from pathlib import Path
-from google.protobuf.json_format import MessageToJson
-from midstream_agent.contract import agent_pb2 as pb, agent_pb2_grpc as rpc
-from midstream_cli.inventory import Inventory
-from midstream_cli.main import connect
-
-async def main(inventory, node, job, gone):
-    async with connect(Inventory.load(Path(inventory)), node) as channel:
-        request = pb.DeclareGoneRequest(job_id=job, node=gone, evidence="test:deleted")
-        print(MessageToJson(await rpc.AgentStub(channel).DeclareGone(request), indent=None))
-
-asyncio.run(main(*sys.argv[1:]))
-"""
 
 
 @pytest.fixture

@@ -362,10 +362,10 @@ class Handoff:
     async def _on_activate(self, header: dict[str, Any], _: bytes) -> Reply:
         job = self._jobs.pop(str(header["job"]), None)
         if job is not None:
-            self._left -= _addresses(job.connections)
             for connection in job.connections:
                 connection.thaw()
             await self.app.activate(job.handlers)
+            self._left -= _addresses(job.connections)
         return Reply()
 
     async def _on_discard(self, header: dict[str, Any], _: bytes) -> Reply:
