@@ -76,8 +76,8 @@ def steered(world: HoldWorld) -> Iterator[Job]:
         job.process.terminate()
 
 
-def compare(world: HoldWorld) -> dict[str, tuple[float, float]]:
-    """(steered, direct) medians of each figure."""
+def compare(world: HoldWorld) -> dict[str, list[tuple[float, float]]]:
+    """(steered, direct) of each turn."""
     steered_, direct = (world.connect(world.pairs[name]) for name in (STEERED, DIRECT))
     found: dict[str, list[tuple[float, float]]] = {"download": [], "upload": [], "rtt": []}
     with steered(world):
@@ -87,7 +87,7 @@ def compare(world: HoldWorld) -> dict[str, tuple[float, float]]:
             found["upload"].append((upload(steered_), upload(direct)))
         for _ in range(ECHOES):
             found["rtt"].append((round_trip(steered_), round_trip(direct)))
-    return {k: (statistics.median(a for a, _ in v), statistics.median(b for _, b in v)) for k, v in found.items()}
+    return found
 
 
 @dataclass
@@ -132,16 +132,17 @@ def measure(folder: Path, mtu: int) -> list[dict[str, Any]]:
     with HoldWorld.build(folder / f"{mtu}-steered", [STEERED, f"{DIRECT}@node-b"], mtu, steer=True) as world:
         found = compare(world)
     print(f"mtu {mtu}: {ns_a_run:.0f} ns a run of a program")
+    direct = {way: statistics.median(b for _, b in turns) for way, turns in found.items()}
     ratios = [
-        rows.row(f"steered_{way}_{mtu}", "of direct", [found[way][0] / found[way][1]], 0.7, "higher",
-                 reference="direct, Gb/s", reference_value=found[way][1] * 8e-9)
+        rows.row(f"steered_{way}_{mtu}", "of direct", [a / b for a, b in found[way]], 0.7, "higher",
+                 reference="direct, Gb/s", reference_value=direct[way] * 8e-9)
         for way in ("download", "upload")
     ]  # fmt: skip
-    added = found["rtt"][0] - found["rtt"][1]
+    added = [a - b for a, b in found["rtt"]]
     return [
         *ratios,
-        rows.row(f"steered_rtt_added_{mtu}", "us", [added], 100, "lower",
-                 reference="direct round trip", reference_value=found["rtt"][1]),
+        rows.row(f"steered_rtt_added_{mtu}", "us", added, 100, "lower",
+                 reference="direct round trip", reference_value=direct["rtt"]),
         rows.row(f"unsteered_cpu_{mtu}", "percent", percent, 2, "lower",
                  reference="ns a run", reference_value=ns_a_run),
     ]  # fmt: skip
