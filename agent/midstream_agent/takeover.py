@@ -42,7 +42,7 @@ async def take_over(jobs: TargetJobs, job_id: str, node: str, evidence: str) -> 
     async with first.lock:
         whole = first.state in (RESTORED, ACTIVATED)
         if whole:
-            first.take_addresses()
+            first.arrival.take_over()
         await _take_over(jobs, first, evidence, count)
         for job in batches:
             async with job.lock:  # its session may still be about what the source said last

@@ -1,4 +1,4 @@
-"""The target's side of a migration: blank sockets, KV slots, restore, activation; or all of it thrown away.
+"""The target's side of a migration: blank sockets, restore, activation; or all of it thrown away.
 
     NEW --prepare--> PREPARED --ship--> RESTORED --commit--> ACTIVATED --finish--> gone
                         |                   |
@@ -7,12 +7,12 @@
 RESTORED, ACTIVATED and DISCARDED are journalled before the act. A job that is RESTORED stays so, held, when its
 session breaks or this agent restarts: only the source's COMMIT or DISCARD (or the proof that the source's node is
 gone) moves it on. A job that is only PREPARED is undone as soon as its session ends: no checkpoint has come yet.
+Its addresses are arrival.py's business, its KV arriving_kv.py's.
 """
 
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import os
 import struct
@@ -23,16 +23,15 @@ from midstream_runtime.contract.errors import Final, MidstreamError, Retryable
 
 from midstream_agent import failpoints, pods, tcp
 from midstream_agent.announce import responder_for
+from midstream_agent.arrival import Arrival
+from midstream_agent.arriving_kv import ArrivingKv
 from midstream_agent.bring_up import bring_up, merge_notes
 from midstream_agent.contract import agent_pb2 as pb
 from midstream_agent.greeting import check_mtu, check_same_software, fds_of, greet, listening_ports
 from midstream_agent.handoff import HandoffClient
-from midstream_agent.hold import ADDR_LEAVING, FLOW_HELD
+from midstream_agent.hold import FLOW_HELD
 from midstream_agent.journal import Journal
-from midstream_agent.kv import Geometry, PoolView
-from midstream_agent.kv_target import NOT_HERE, KvTarget
 from midstream_agent.node import Attached, Node
-from midstream_agent.precopy import why_not
 from midstream_agent.transit import Transit
 
 log = logging.getLogger(__name__)
@@ -53,12 +52,11 @@ class TargetJob:
     state: str = NEW
     at: Attached | None = None
     handoff: HandoffClient | None = None
-    pool: PoolView | None = None
-    kv: KvTarget | None = None
+    kv: ArrivingKv = field(init=False)
     """Of all batches of the job."""
+    arrival: Arrival = field(init=False)
+    """Its addresses, shared by all batches of the job."""
     journal: Journal | None = None
-    addresses: list[str] = field(default_factory=list)
-    added: list[str] = field(default_factory=list)
     pod_version: int = 0
     ports: set[int] = field(default_factory=set)
     families: list[int] = field(default_factory=list)
@@ -72,17 +70,21 @@ class TargetJob:
     sessions: int = 0  # open now: a broken one may end after the next has begun
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     parent: TargetJob | None = None
-    """The job of which this is a further batch: addresses and tunnel are its business."""
-    transit: Transit | None = None
+    """The job of which this is a further batch: addresses, tunnel and KV are its business."""
     live: bool = False
     """The sockets are seated; the pod may not know yet."""
-    opened: bool = False
-    moved: bool = False
-    """The addresses are here, by proof."""
     further: int = 0
     """Streams of further batches that are over."""
     gone: str = ""
     """What proves that the source's node is gone; then this job is remembered for ever."""
+
+    def __post_init__(self) -> None:
+        self.arrival = Arrival(self.node, self.job_id)
+        self.kv = ArrivingKv(self.node, self.job_id, self.source_node)
+
+    def part_of(self, parent: TargetJob) -> None:
+        """A further batch of that job."""
+        self.parent, self.arrival, self.kv = parent, parent.arrival, parent.kv
 
     # -- PREPARE ---------------------------------------------------------------------------------------
 
@@ -91,39 +93,19 @@ class TargetJob:
             raise Final("job_state", f"job {self.job_id} is {self.state} here: it cannot be prepared again")
         check_mtu(self.node.settings.nic.mtu_bytes, req.mtu_bytes)
         await self._attach(req)
-        if self.parent is not None:
-            self.addresses, self.transit = self.parent.addresses, self.parent.transit
-        else:
-            await self._take_addresses(list(req.addresses))
-            self._choose_switchover(req)
+        assert self.at is not None
+        if self.parent is None:
+            await self.arrival.take(self.at, list(req.addresses))
+            self.arrival.choose_switchover(req.tunnel if req.HasField("tunnel") else None)
         self.state = PREPARED
         await self._blank(list(req.families))
         reply = pb.PeerPrepared(node_addresses=self.node.settings.node_addresses)
-        await (self.parent or self)._expect_kv(req, reply)
+        await self.kv.expect(self.at, req, self.pod_version, reply)
         self._open_journal()
-        if self.transit is not None:
-            reply.tunnel.address = responder_for(self.transit.peer, self.node.settings.node_addresses)
-            reply.tunnel.vni = self.transit.vni
+        if (transit := self.arrival.transit) is not None:
+            reply.tunnel.address = responder_for(transit.peer, self.node.settings.node_addresses)
+            reply.tunnel.vni = transit.vni
         return reply
-
-    def _choose_switchover(self, req: pb.PeerPrepare) -> None:
-        """The source offers a tunnel, or takes the offer back when no packet came through it."""
-        assert self.at is not None
-        if not req.HasField("tunnel") or self.node.tunnel is None:
-            if self.transit is not None:
-                self._end_transit()
-            return
-        if self.transit is None:
-            self.transit = Transit(self.node, self.at, self.addresses, req.tunnel.address, req.tunnel.vni)
-            self.transit.arrive()
-
-    def _end_transit(self) -> None:
-        """Packets of this host for the addresses go to the network again, as before the job."""
-        assert self.transit is not None and self.at is not None
-        for address in self.addresses:
-            self.node.unroute(self.at, address)
-        self.transit.retreat()
-        self.transit = None
 
     async def _attach(self, req: pb.PeerPrepare) -> None:
         if self.at is None:
@@ -139,28 +121,10 @@ class TargetJob:
                 raise Final(
                     "target_not_listening", f"the target pod does not listen on port {missing}: same pod template?"
                 )
-            if hello.header.get("pool") and self.pool is None and self.parent is None:
-                self.pool = PoolView(hello.fds.pop(0), Geometry.parse(hello.header["pool"]), writable=True)
+            if hello.header.get("pool") and self.parent is None:
+                self.kv.open_pool(hello)
         finally:
             hello.close()
-
-    async def _take_addresses(self, addresses: list[str]) -> None:
-        """Plumb without a route: no packet of this host goes to the pod before the address has moved."""
-        assert self.at is not None
-        node = self.node
-        if self.transit is not None:
-            return  # asked again, for other streams
-        taken = await node.net.run(node.net.routed_addresses)
-        for address in addresses:
-            if address in taken:
-                raise Final(
-                    "address_taken", f"{address} is routed to a pod of {node.settings.node} already: free it first"
-                )
-        node.address_comes_back(addresses)
-        self.addresses = addresses
-        for address in addresses:
-            if await node.plumb(self.at, address, route=False):
-                self.added.append(address)
 
     async def _blank(self, families: list[int]) -> None:
         """Sockets made by the pod itself: its uid, cgroup, namespace and label stay on them."""
@@ -172,50 +136,6 @@ class TargetJob:
             if refusal:
                 raise Final("blank_refused", f"blank socket {i} of the target pod: {refusal}")
         self.families = families
-
-    async def _expect_kv(self, req: pb.PeerPrepare, reply: pb.PeerPrepared) -> None:
-        """Let the source's KV streams in, and have slots ready. What cannot come is computed again: no reason to
-        refuse the streams."""
-        if not req.kv_slots:
-            return
-        try:
-            if self.kv is None and not (why := why_not(self._geometry(), req.pool_fingerprint, self.pod_version)):
-                self.kv = self._open_kv()
-            elif self.kv is None:
-                reply.kv_reason = why
-                return
-            reply.kv_slots_free = await self.kv.reserve(req.kv_slots)
-        except MidstreamError as e:
-            log.warning("job %s: no KV can come: %s", self.job_id, e)
-            reply.kv_reason = e.code
-            return
-        reply.kv_port, reply.kv_ticket = self.kv.port, self.kv.ticket
-
-    def _geometry(self) -> Geometry | None:
-        return self.pool.geometry if self.pool is not None else None
-
-    def _open_kv(self) -> KvTarget:
-        assert self.at is not None and self.pool is not None
-        node = self.node
-        sock = pods.connect_handoff(self.at.pod, node.settings.handoff_path)
-        handoff = HandoffClient(sock, node.settings.timeouts.handoff_s)
-        try:
-            return KvTarget(node.kv_server, node.kv, handoff, self.job_id, self.source_node, self.pool)
-        except BaseException:
-            handoff.close()
-            raise
-
-    async def _slots_of(self, req: pb.PeerShip, reply: pb.PeerRestored) -> list[int]:
-        """Where the streams' KV blocks are in the pod's pool; the reply says how many of those sent are not."""
-        kv = (self.parent or self).kv
-        slots = [NOT_HERE] * len(req.kv_ids)
-        try:
-            slots = await kv.slots_for(req.kv_ids) if kv is not None else slots
-        except MidstreamError as e:
-            log.warning("job %s: its KV cannot be used: %s", self.job_id, e)
-            reply.kv_reason = e.code
-        reply.kv_missing = sum(1 for number, slot in zip(req.kv_ids, slots, strict=True) if number and slot < 0)
-        return slots
 
     # -- SEND (the source's word; here: restore) -------------------------------------------------------
 
@@ -235,7 +155,7 @@ class TargetJob:
         restore_us = (time.perf_counter() - began) * 1e6 / max(self.streams, 1)
         reply = pb.PeerRestored(restore_us=restore_us)
         began = time.perf_counter()
-        await self._stage(req, await self._slots_of(req, reply))
+        await self._stage(req, await self.kv.slots_of(req, reply))
         reply.stage_ms = (time.perf_counter() - began) * 1e3
         await failpoints.point("target.RESTORE.do.before")
         self._journal_restored(req)
@@ -250,7 +170,7 @@ class TargetJob:
         if self.streams != streams:
             raise Final("checkpoint_count", f"{self.streams} checkpoints came for {streams} streams: refused")
         keys, ctls = self.batch.flow_entries(FLOW_HELD)
-        allowed = {tcp.mapped(a) for a in self.addresses}
+        allowed = {tcp.mapped(a) for a in self.arrival.addresses}
         for i in range(self.streams):
             key = keys[i * tcp.KEY_BYTES : (i + 1) * tcp.KEY_BYTES]
             port = struct.unpack_from("!H", key, 32)[0]
@@ -282,14 +202,15 @@ class TargetJob:
         assert self.at is not None
         if self.journal is not None:
             self.journal.remove()
+        transit = self.arrival.transit
         facts = {
             "pod": self.at.pod.uid,
-            "addresses": self.addresses,
-            "added": self.added,
+            "addresses": self.arrival.addresses,
+            "added": self.arrival.added if self.parent is None else [],
             "source": self.source_node,
             "source_boot_id": self.source_boot_id,
             "part_of": self.parent.job_id if self.parent is not None else "",
-            "tunnel": {"peer": self.transit.peer, "vni": self.transit.vni} if self.transit is not None else None,
+            "tunnel": {"peer": transit.peer, "vni": transit.vni} if transit is not None else None,
         }
         self.journal = Journal.create(self.node.journal_folder, "target", self.job_id, facts)
 
@@ -301,29 +222,7 @@ class TargetJob:
             raise Final("target_lost", f"the pod of job {self.job_id} has gone, and with it what had moved to it")
         if self.state not in (RESTORED, ACTIVATED):
             raise Final("job_state", f"job {self.job_id} is {self.state} here: its addresses stay where they are")
-        began = time.perf_counter()
-        node = self.node
-        if self.transit is not None:
-            self.transit.overlap_arriving()
-        for address in req.addresses if self.transit is None else ():
-            # before COMMIT no connection may be accepted here: a rollback would take its address away
-            node.hold.set_addr(address, ADDR_LEAVING)
-            node.routes.add(address, self.at.link.index)
-        node.nic.announce(list(req.addresses))
-        await failpoints.point("target.MOVE_ADDRESS.do.before")
-        timeout_s = node.settings.timeouts.address_confirm_s
-        try:
-            await asyncio.gather(*(self._prove(a, req, timeout_s) for a in req.addresses))
-        except TimeoutError as e:
-            raise Final("address_not_moved", f"{e}: the network did not move the address") from e
-        await failpoints.point("target.MOVE_ADDRESS.do.after")
-        if self.transit is not None:
-            self.transit.own()
-        self.moved = True
-        return pb.PeerAddressMoved(took_ms=(time.perf_counter() - began) * 1e3)
-
-    async def _prove(self, address: str, req: pb.PeerMoveAddress, timeout_s: float) -> None:
-        await self.node.nic.prove(address, responder_for(address, req.probe_addresses), req.probe_port, timeout_s)
+        return pb.PeerAddressMoved(took_ms=await self.arrival.move(req))
 
     # -- COMMIT ----------------------------------------------------------------------------------------
 
@@ -376,42 +275,20 @@ class TargetJob:
     def _go_live(self, notes: bytes) -> None:
         """No await in here: it is what every client waits for."""
         assert self.batch is not None
-        here = self.transit is not None
+        here = self.arrival.transit is not None
         self.broken = bring_up(self.node, self.batch, self.blanks, self.keys, notes, thaw=False, here=here)
+
+    def _let_syns_in(self) -> None:
+        if self.parent is None:
+            self.arrival.let_syns_in()
 
     def _activated(self) -> pb.PeerActivated:
         return pb.PeerActivated(streams=self.streams, activate_ms=self.activate_ms, broken=self.broken)
 
-    def _let_syns_in(self) -> None:
-        """New connections are this node's; packets of streams that are still at the source go there."""
-        if self.parent is not None or self.opened:
-            return
-        self.opened = True
-        if self.transit is not None:
-            return self.transit.open()
-        for address in self.addresses:
-            self.node.hold.del_addr(address)
-
-    # -- the source is gone for good (takeover.py) -----------------------------------------------------
-
-    def take_addresses(self) -> None:
-        """Whatever the network still thinks, packets for the addresses are this node's, and this node emits."""
-        if self.moved or self.at is None:
-            return
-        if self.transit is not None:
-            self.transit.own()
-            self.opened = True
-        for address in self.addresses if self.transit is None else ():
-            self.node.routes.add(address, self.at.link.index)
-        self.node.nic.announce(self.addresses)
-        self.moved = True
-
     async def keep_addresses(self) -> None:
-        """There is nobody that packets could be steered to or from."""
-        if self.kv is not None:
-            await self.kv.close()
-        if self.transit is not None:
-            self._settle()
+        """The source is gone for good (takeover.py): there is nobody that packets could be steered to or from."""
+        await self.kv.close()
+        self.arrival.settle()
         self.close()
 
     # -- the ends --------------------------------------------------------------------------------------
@@ -426,26 +303,17 @@ class TargetJob:
             self.journal.decide(DISCARDED)
         await failpoints.point("target.DISCARD.do.before")
         if self.parent is None:
-            self._give_addresses_back()
+            self.arrival.give_back()
         self._close_blanks()
         if self.handoff is not None and self.state != NEW:
             await self._tell_discard()
         if self.keys:
             self.node.hold.delete_flows(self.keys, self.streams)
             self.node.hold.delete_notes(self.keys, self.streams)
-        if self.at is not None:
-            for address in self.added:
-                await self.node.unplumb(self.at, address)
+        if self.parent is None:
+            await self.arrival.unplumb()
         self.state = DISCARDED
         await self.finish()
-
-    def _give_addresses_back(self) -> None:
-        if self.transit is not None:
-            return self._end_transit()
-        for address in self.addresses:
-            if self.at is not None:
-                self.node.unroute(self.at, address)
-            self.node.hold.del_addr(address)
 
     async def _tell_discard(self) -> None:
         assert self.handoff is not None
@@ -457,41 +325,14 @@ class TargetJob:
 
     async def finish(self) -> None:
         """Forget the job: nobody will ask for it again."""
-        if self.kv is not None:
-            await self.kv.close()
         if self.parent is None:
-            await self._settle_addresses()
+            await self.kv.close()
+            await self.arrival.end(settle=self.state == ACTIVATED)
         self._close_blanks()
         if self.journal is not None:
             self.journal.remove()
             self.journal = None
         self.close()
-
-    async def _settle_addresses(self) -> None:
-        try:
-            if self.state == ACTIVATED and self.transit is not None:
-                self._settle()
-            gone = self.at is None
-        except OSError as e:
-            if e.errno not in (errno.ENODEV, errno.EINVAL):
-                raise
-            log.warning("job %s: its pod has gone before its addresses had settled", self.job_id)
-            gone = True
-        if gone:
-            await self._let_addresses_go()
-
-    async def _let_addresses_go(self) -> None:
-        """Their pod has gone, and with it its link and all that was bound to it."""
-        node = self.node
-        keys = node.flows_of(self.addresses)
-        node.hold.delete_flows(keys, len(keys) // tcp.KEY_BYTES)
-        node.hold.delete_notes(keys, len(keys) // tcp.KEY_BYTES)
-        for address in self.addresses:
-            node.hold.del_addr(address)
-            node.hold.end_births(address)
-            if node.tunnel is not None:
-                node.routes.delete(address, node.tunnel.routed_index)
-            await node.net.run(node.net.del_rules, address)
 
     def count_further(self, streams: int) -> None:
         """A further batch is over; journalled, for whoever asks when the source cannot be asked any more."""
@@ -499,25 +340,12 @@ class TargetJob:
         if self.journal is not None:
             self.journal.decide(FURTHER, streams=self.further)
 
-    def _settle(self) -> None:
-        """The addresses are like any other of this node; their flows need no entries any more."""
-        assert self.transit is not None
-        node = self.node
-        self.transit.settle()
-        keys = node.flows_of(self.addresses)
-        node.hold.delete_flows(keys, len(keys) // tcp.KEY_BYTES)
-        for address in self.addresses:
-            node.hold.end_births(address)
-        node.linger_moved(b"", self.addresses)
-        self.transit = None
-
     def close(self) -> None:
         if self.handoff is not None:
             self.handoff.close()
             self.handoff = None
-        if self.pool is not None:
-            self.pool.close()
-            self.pool = None
+        if self.parent is None:
+            self.kv.close_pool()
         if self.at is not None:
             self.at.close()
             self.at = None
@@ -534,13 +362,13 @@ class TargetJob:
         """A job of an earlier agent process of this boot; a pod that has gone meanwhile leaves `at` empty."""
         facts = journal.facts
         job = cls(node, facts["job"], facts["source"], facts["source_boot_id"], state=PREPARED, journal=journal)
-        job.addresses, job.added = facts["addresses"], facts["added"]
+        job.arrival.addresses, job.arrival.added = facts["addresses"], facts["added"]
         job.further = (journal.decided(FURTHER) or {}).get("streams", 0)
         job.gone = (journal.decided(GONE) or {}).get("evidence", "")
         try:
-            job.at = await node.attach_pod(facts["pod"])
-            if facts.get("tunnel"):
-                job.transit = Transit(node, job.at, job.addresses, facts["tunnel"]["peer"], facts["tunnel"]["vni"])
+            job.at = job.arrival.at = await node.attach_pod(facts["pod"])
+            if tunnel := facts.get("tunnel"):
+                job.arrival.transit = Transit(node, job.at, job.arrival.addresses, tunnel["peer"], tunnel["vni"])
             sock = pods.connect_handoff(job.at.pod, node.settings.handoff_path)
             job.handoff = HandoffClient(sock, node.settings.timeouts.handoff_s)
             hello = await greet(job.handoff, node.settings.node)
@@ -566,7 +394,7 @@ class TargetJob:
 
     def own_leftovers(self) -> None:
         """Entries of a job that died between making them and journalling RESTORED."""
-        ours = {tcp.mapped(a) for a in self.addresses}
+        ours = {tcp.mapped(a) for a in self.arrival.addresses}
         keys = [k for k in self.node.hold.flow_keys() if k[:16] in ours]
         self.keys, self.streams = b"".join(keys), len(keys)
 

@@ -30,7 +30,8 @@ class TargetJobs:
         for path in journals(self._node.journal_folder, "target"):
             journal = Journal.load(path)
             job = await TargetJob.reopen(self._node, journal)
-            job.parent = self.jobs.get(journal.facts.get("part_of", ""))
+            if parent := self.jobs.get(journal.facts.get("part_of", "")):
+                job.part_of(parent)
             if journal.decided(DISCARDED) or not journal.decided(RESTORED):
                 job.own_leftovers()
                 await job.discard()
@@ -85,7 +86,7 @@ class TargetSession(peer.Handler):
         match request.WhichOneof("body"):
             case "prepare":
                 if request.prepare.part_of:
-                    job.parent = self._jobs.parent_of(request.prepare.part_of, job)
+                    job.part_of(self._jobs.parent_of(request.prepare.part_of, job))
                 reply.prepared.CopyFrom(await job.prepare(request.prepare))
             case "ship":
                 reply.restored.CopyFrom(await job.restore(request.ship))
@@ -116,7 +117,7 @@ class TargetSession(peer.Handler):
             if self._job.state in (NEW, PREPARED) and not self._job.sessions:
                 await self._job.discard()
                 self._jobs.forget(self._job)
-        if self._job.state == ACTIVATED and self._job.moved:
+        if self._job.state == ACTIVATED and self._job.parent is None and self._job.arrival.moved:
             await self._bury()
 
     async def _bury(self) -> None:

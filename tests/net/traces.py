@@ -92,7 +92,8 @@ class Streams:
     def unharmed(self) -> None:
         """Every byte came both ways, and nothing is left on either node."""
         results = [g.finish() for g in self.groups]
-        assert [e for r in results for e in r["errors"]] == []
+        errors = [e for r in results for e in r["errors"]]
+        assert errors == [], errors
         assert sum(r["ok"] for r in results) == len(self.groups) * CLIENTS
         self.traces.wait(self.traces.left)
 
