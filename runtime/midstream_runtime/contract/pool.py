@@ -260,12 +260,17 @@ _CHECKSUM_AT = ENTRY_BYTES - CHECKSUM_BYTES
 def checksum(data: memoryview | bytes, crc32: Callable[[memoryview], int] = zlib.crc32) -> bytes:
     """16 bytes. `crc32`: another way to the same number. A cryptographic hash would take five times as long on a path
     where bytes are compared with those that their own sender named."""
-    view, size = memoryview(data), len(data)
-    quarters = (view[size * i // 4 : size * (i + 1) // 4] for i in range(4))
-    return _QUARTERS.pack(*map(crc32, quarters))
+    view = memoryview(data)
+    return QUARTERS.pack(*(crc32(view[part]) for part in quarters(len(view))))
 
 
-_QUARTERS = struct.Struct("<4I")
+QUARTERS = struct.Struct("<4I")
+"""A checksum."""
+
+
+def quarters(size: int) -> list[slice]:
+    """The parts of so many bytes that have a CRC each."""
+    return [slice(size * i // 4, size * (i + 1) // 4) for i in range(4)]
 
 
 def block_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
