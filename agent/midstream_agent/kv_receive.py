@@ -275,6 +275,7 @@ class KvServer:
     def _stream(self, sock: socket.socket, address: str) -> None:
         try:
             with sock:
+                wire.step_back(self._settings.nice)
                 receiver = self._greet(sock)
                 wire.block_with(sock, 0, self._settings.stall_s)
                 receiver.serve(sock)

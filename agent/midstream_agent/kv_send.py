@@ -136,7 +136,9 @@ class KvSender:
         self._context = tls.stream_context(files, server=False) if settings.tls else None
         self._bucket = TokenBucket(settings.bytes_per_s, settings.piece_bytes)
         self._streams = [_Stream(self) for _ in range(settings.streams)]
-        self._threads = ThreadPoolExecutor(settings.streams, thread_name_prefix=f"kv-{job_id}")
+        self._threads = ThreadPoolExecutor(
+            settings.streams, thread_name_prefix=f"kv-{job_id}", initializer=wire.step_back, initargs=(settings.nice,)
+        )
         self.bytes_per_s = 0.0
         """Of the newest round that was large enough to tell; 0 before there was one."""
 

@@ -60,6 +60,7 @@ class Kv:
     tls: bool = True  # off only where the network between nodes is trusted or encrypted itself
     bytes_per_s: int = 0  # all streams of a job together; 0: what the network gives
     piece_bytes: int = 1 << 20  # one write; the bandwidth limit is kept to within a piece a stream
+    nice: int = 10  # of the streams' threads: who decodes, and whose clients wait, goes before a copy
     connect_s: float = 5.0  # TCP, TLS and greeting of one stream
     stall_s: float = 10.0  # a stream on which nothing moves for so long is broken
     tries: int = 3  # of a stream to connect again, and of a block that arrived damaged
