@@ -42,6 +42,8 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
+from typing import NamedTuple
 
 MAGIC = b"MSKVPOOL"
 VERSION = 2  # 1 had blake2b-128 for a checksum
@@ -184,8 +186,7 @@ def _text(field: bytes) -> str:
     return field.rstrip(b"\0").decode("ascii", errors="replace")
 
 
-@dataclass(frozen=True)
-class SlotInfo:
+class SlotInfo(NamedTuple):
     """Decoded index entry."""
 
     state: int
@@ -275,15 +276,15 @@ def quarters(size: int) -> list[slice]:
 
 def block_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
     """Chained hash of one full block."""
-    heads = _HEADS
+    head_of = _HEADS.__getitem__
     try:
-        items = b"".join([heads[token] for token in token_ids])
+        items = b"".join(map(head_of, token_ids))
     except KeyError:
         for token in token_ids:
-            heads[token] = _cbor_head(0, token)
-        items = b"".join([heads[token] for token in token_ids])
-    body = b"".join((b"\x83", _cbor_head(2, len(parent)), parent, _cbor_head(4, len(token_ids)), items, b"\xf6"))
-    return hashlib.sha256(body).digest()
+            _HEADS[token] = _cbor_head(0, token)
+        items = b"".join(map(head_of, token_ids))
+    beginning = b"\x83" + _cbor_head(2, len(parent)) + parent + _cbor_head(4, len(token_ids))
+    return hashlib.sha256(beginning + items + b"\xf6").digest()
 
 
 _HEADS: dict[int, bytes] = {}
@@ -291,6 +292,7 @@ _HEADS: dict[int, bytes] = {}
 vocabulary."""
 
 
+@lru_cache(maxsize=64)
 def _cbor_head(major: int, value: int) -> bytes:
     """Shortest head of a canonical CBOR item (RFC 8949, section 4.2.1)."""
     if value < 24:
