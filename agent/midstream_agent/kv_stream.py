@@ -118,7 +118,9 @@ def hear_source(sock: socket.socket) -> tuple[str, bytes, bytes, bytes]:
 
 
 def step_back(nice: int) -> None:
-    """This thread alone yields to whoever wants the CPU (setpriority(2): on Linux each thread has a nice value)."""
+    """This thread alone yields to whoever wants the CPU, and preempts nobody when it wakes, whatever policy the agent
+    runs under (sched(7): on Linux both are of a thread)."""
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
 
 

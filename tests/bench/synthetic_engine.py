@@ -2,8 +2,8 @@
 SLOTS PACE_MS`, run by a Python with torch. For bench_kv.py: what a switch costs with 2 MiB a block, long contexts, and
 no GPU. Everything but the arithmetic is the engine's own: pool, sealing, pause, adoption.
 
-The next token is made of what the pool holds for the two before it, so KV that did not come would change the answer. It
-is one that has text of its own: a token without any (half a character) is no event, and would look like a gap of a step.
+The next token is made of what the pool holds for the two before it, so KV that did not come would change the answer.
+It is one that has text of its own: a token without any (half a character) is no event, and would look like a gap.
 """
 
 from __future__ import annotations

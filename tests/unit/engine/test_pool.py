@@ -305,3 +305,24 @@ def test_a_reader_whose_copy_takes_long_never_takes_a_block_that_changed_meanwhi
 def test_contract_needs_neither_torch_nor_the_engine() -> None:
     source = Path(__file__).resolve().parents[3] / "runtime/midstream_runtime/contract/pool.py"
     assert "torch" not in {line.split()[1] for line in source.read_text().splitlines() if line.startswith("import ")}
+
+
+def test_much_that_is_freed_is_wiped_bit_by_bit_and_before_anybody_has_it(torch: ModuleType) -> None:
+    from midstream_runtime.pool import WIPED_AT_ONCE_BYTES, KvPool
+
+    layout = replace(LAYOUT, slots=12, layers=128, head_dim=128)
+    assert layout.slot_bytes * 4 == WIPED_AT_ONCE_BYTES
+    pool = KvPool(layout)
+    slots = pool.allocate(12)
+    for slot in slots:
+        pool.view.slot(slot)[:] = bytes([1]) * layout.slot_bytes
+    pool.release(slots)
+
+    def wiped() -> int:
+        return sum(not any(pool.view.slot(slot)[::4096]) for slot in slots)
+
+    assert (wiped(), pool.free_slots, pool.unwiped) == (4, 12, True)
+    assert {pool.view.info(slot).state for slot in slots} == {SlotState.FREE}
+    pool.wipe_some()
+    assert wiped() == 8
+    assert pool.allocate(12) == slots and (wiped(), pool.unwiped) == (12, False)
