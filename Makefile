@@ -84,7 +84,7 @@ test-e2e: setup-test build kube images ## The demo and its controls; real nodes,
 	@scripts/setup.sh nodes
 	$(PYTEST) tests/e2e
 
-test-vllm: setup-test build ## With a stock vLLM on the CPU (6 GB, the first time)
+test-vllm: setup-test build kube ## With a stock vLLM on the CPU (6 GB, the first time)
 	@scripts/setup.sh vllm
 	$(PYTEST) tests/vllm
 

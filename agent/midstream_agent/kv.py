@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import mmap
 import os
 from dataclasses import dataclass
@@ -19,8 +18,9 @@ from typing import Any
 from midstream_runtime.contract import pool
 from midstream_runtime.contract.errors import Final
 
+from midstream_agent import tcp
+
 F_GET_SEALS, F_SEAL_SHRINK = 1034, 0x0002
-CHECKSUM_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,8 @@ class PoolView:
 
 
 def digest(data: bytes | memoryview) -> bytes:
-    return hashlib.blake2b(data, digest_size=CHECKSUM_BYTES).digest()
+    """The pool's checksum of a block."""
+    return pool.checksum(data, tcp.crc32)
 
 
 def _check_sealed(fd: int, geometry: Geometry) -> None:

@@ -22,7 +22,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from midstream_runtime.contract.errors import Final, MidstreamError, Retryable
 
@@ -67,6 +67,8 @@ class RoundReport:
     bytes: int = 0
     """Of blocks that landed."""
     took_s: float = 0.0
+    late: bool = False
+    """Not all had come within the time that was given."""
     broken_streams: int = 0
     damaged: int = 0
 
@@ -114,6 +116,13 @@ class _Round:
                 self.report.failed[block.id] = why
             self._waiting.clear()
 
+    def so_far(self, blocks: Sequence[Block]) -> RoundReport:
+        """A report of its own: threads that are ending still write into ours."""
+        with self._lock:
+            landed = set(self.report.landed)
+            failed = {b.id: self.report.failed.get(b.id, "kv_slow") for b in blocks if b.id not in landed}
+            return replace(self.report, landed=landed, failed=failed, late=True)
+
     @property
     def waiting(self) -> int:
         return len(self._waiting)
@@ -127,26 +136,36 @@ class KvSender:
         self._context = tls.stream_context(files, server=False) if settings.tls else None
         self._bucket = TokenBucket(settings.bytes_per_s, settings.piece_bytes)
         self._streams = [_Stream(self) for _ in range(settings.streams)]
-        self._threads = ThreadPoolExecutor(settings.streams, thread_name_prefix=f"kv-{job_id}")
+        self._threads = ThreadPoolExecutor(
+            settings.streams, thread_name_prefix=f"kv-{job_id}", initializer=wire.step_back, initargs=(settings.nice,)
+        )
         self.bytes_per_s = 0.0
         """Of the newest round that was large enough to tell; 0 before there was one."""
 
-    async def send(self, blocks: Sequence[Block]) -> RoundReport:
-        """Send blocks; returns when the target has answered for each, or no stream is left. Raises nothing but what
-        is wrong with the target itself (Final)."""
+    async def send(self, blocks: Sequence[Block], within_s: float | None = None) -> RoundReport:
+        """Send blocks; returns when the target has answered for each, or no stream is left. After `within_s` seconds
+        what has not come fails, and the streams end. Raises nothing but what is wrong with the target itself
+        (Final)."""
         began = time.perf_counter()
         work = _Round(blocks, self._settings.tries)
+        try:
+            async with asyncio.timeout(within_s):
+                await self._send_all(work)
+        except TimeoutError:
+            work.report = work.so_far(blocks)
+        report = work.report
+        report.took_s = time.perf_counter() - began
+        if report.bytes >= self._settings.piece_bytes and not report.broken_streams:
+            self.bytes_per_s = report.bytes / report.took_s
+        return report
+
+    async def _send_all(self, work: _Round) -> None:
         while work.waiting:
             streams = [s for s in self._streams if not s.dead][: work.waiting]
             if not streams:
                 work.give_up("kv_broken")
                 break
             await self._run_all(streams, work)
-        report = work.report
-        report.took_s = time.perf_counter() - began
-        if report.bytes >= self._settings.piece_bytes and not report.broken_streams:
-            self.bytes_per_s = report.bytes / report.took_s
-        return report
 
     async def _run_all(self, streams: Sequence[_Stream], work: _Round) -> None:
         loop = asyncio.get_running_loop()

@@ -26,10 +26,12 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import os
 import secrets
 import socket
 import ssl
 import struct
+import threading
 from enum import IntEnum
 
 from midstream_runtime.contract.errors import Final, Retryable
@@ -113,6 +115,13 @@ def hear_source(sock: socket.socket) -> tuple[str, bytes, bytes, bytes]:
     if magic != MAGIC or version != VERSION or not 0 < length <= MAX_JOB_ID_BYTES:
         raise Final("kv_protocol", f"a KV stream begins with version {version}, this agent speaks {VERSION}")
     return recv_exactly(sock, length).decode(errors="replace"), shown, nonce, theirs
+
+
+def step_back(nice: int) -> None:
+    """This thread alone yields to whoever wants the CPU, and preempts nobody when it wakes, whatever policy the agent
+    runs under (sched(7): on Linux both are of a thread)."""
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
 
 
 def block_with(sock: socket.socket, read_s: float, write_s: float) -> None:

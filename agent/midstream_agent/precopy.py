@@ -19,7 +19,6 @@ its own pool ends the job.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -112,6 +111,12 @@ def tail_choice(
     if bytes_per_s <= 0:
         return "recompute"
     return "move" if tail_bytes / bytes_per_s <= tail_tokens / prefill_tokens_per_s else "recompute"
+
+
+def tail_bound_s(tail_tokens: int, prefill_tokens_per_s: float, most_s: float) -> float:
+    """How long clients wait for the rest, should the estimate have been wrong: as long as the target would compute, so
+    that they wait twice as long at worst as with the better choice; never more than `most_s`."""
+    return min(most_s, tail_tokens / prefill_tokens_per_s) if prefill_tokens_per_s > 0 else most_s
 
 
 def why_not(ours: Geometry | None, theirs: str, pod_version: int = pod.VERSION) -> str:
@@ -220,7 +225,9 @@ class PreCopy:
         missing = [at for at, number in enumerate(ids) if not number]
         given_up = {at: self._given_up(names[at]) for at in missing}
         ours = {at: self._block(kv[at]) for at in missing if not given_up[at]}
-        firsts = {block.name or str(at): block for at, block in reversed(ours.items())}
+        firsts: dict[bytes | str, Block] = {}  # in their order: a block is of use behind those before it only
+        for at, block in ours.items():
+            firsts.setdefault(block.name or str(at), block)
         failed = await self._send_tail(list(firsts.values())) if firsts else {}
         for at, block in ours.items():
             number = firsts[block.name or str(at)].id
@@ -240,19 +247,18 @@ class PreCopy:
         size = sum(block.length for block in blocks)
         rate = self._sender.bytes_per_s or self.progress.bytes_per_s
         tokens = len(blocks) * self._view.geometry.block_tokens
-        if tail_choice(size, rate, tokens, self._settings.prefill_tokens_per_s) == "recompute":
+        prefill = self._settings.prefill_tokens_per_s
+        if tail_choice(size, rate, tokens, prefill) == "recompute":
             return {block.id: "cheaper" for block in blocks}
         try:
-            async with asyncio.timeout(self._settings.tail_s):
-                report = await self._sender.send(blocks)
-        except TimeoutError:
-            self.give_up("kv_slow")
+            report = await self._sender.send(blocks, tail_bound_s(tokens, prefill, self._settings.tail_s))
         except MidstreamError as e:
             self._note_trouble(e)
-        else:
-            self.sent_bytes += report.bytes
-            return report.failed
-        return {block.id: self._given_up(block.name) for block in blocks}
+            return {block.id: self._given_up(block.name) for block in blocks}
+        self.sent_bytes += report.bytes
+        if report.late:
+            self.give_up("kv_slow")
+        return report.failed
 
     async def end(self) -> None:
         """Pod and target may free what they kept for this job."""

@@ -62,6 +62,7 @@ class Kv:
     tls: bool = True  # off only where the network between nodes is trusted or encrypted itself
     bytes_per_s: int = 0  # all streams of a job together; 0: what the network gives
     piece_bytes: int = 1 << 20  # one write; the bandwidth limit is kept to within a piece a stream
+    nice: int = 10  # of the streams' threads: who decodes, and whose clients wait, goes before a copy
     connect_s: float = 5.0  # TCP, TLS and greeting of one stream
     stall_s: float = 10.0  # a stream on which nothing moves for so long is broken
     tries: int = 3  # of a stream to connect again, and of a block that arrived damaged
@@ -71,7 +72,7 @@ class Kv:
     answer_s: float = 10.0  # the target asks its pod meanwhile
     rounds_max: int = 20  # of pre-copy; it has converged or never will
     tail_ms: float = 5.0  # what is left is small enough when it takes no longer than this
-    tail_s: float = 2.0  # clients wait for the tail; then it is computed again
+    tail_s: float = 2.0  # clients wait for the tail at most; what has not come then is computed again
     switch_s: float = 15.0  # pause to commit and address, which the copy must leave before a deadline
     shrink: float = 0.8  # a round with more than this part of the one before it is no progress
     prefill_tokens_per_s: float = 0.0  # of the target's engine, for the choice to recompute; 0: unknown, so move

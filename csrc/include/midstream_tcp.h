@@ -238,6 +238,12 @@ int ms_tcp_activate_finish(const int *fds, size_t n, ms_tcp_batch *b,
 int ms_tcp_client_packets(const ms_tcp_batch *b, const struct ms_flow_note *notes, int what,
 			  uint8_t *buf, size_t cap, uint32_t *lens, size_t lens_cap, size_t *count);
 
+/*
+ * zlib's crc32(0, data, size), at what the CPU has for it: the agents' checksums of
+ * KV blocks. -EOPNOTSUPP where it has nothing; zlib is not slower then.
+ */
+int ms_tcp_crc32(const void *data, size_t size, uint32_t *crc);
+
 const char *ms_tcp_strerror(int err); /* one sentence that says what to do; err may be negative */
 const char *ms_tcp_refusal(int err);  /* the name in the table above; "" when there is none */
 

@@ -37,6 +37,8 @@ _F_ADD_SEALS = 1033
 _SEAL_SEAL, _SEAL_SHRINK, _SEAL_GROW = 1, 2, 4
 _MADV_POPULATE_WRITE = 23
 _NO_HASH, _NO_CHECKSUM = bytes(32), bytes(16)
+WIPED_AT_ONCE_BYTES = 8 << 20
+"""About a millisecond. A long answer that moves away leaves gigabytes to wipe, and others decode meanwhile."""
 
 
 class KvPool:
@@ -59,6 +61,9 @@ class KvPool:
         self._map[:HEADER_BYTES] = layout.pack()
         self.view = PoolView(memoryview(self._map))
         self._free: deque[int] = deque(range(layout.slots))
+        self._dirty: deque[int] = deque()
+        """Free, and still to be wiped."""
+        self._wiped_at_once = max(1, WIPED_AT_ONCE_BYTES // layout.slot_bytes)
         self._reserved: set[int] = set()
         self._epoch = [0] * layout.slots
         self._owners = [0] * layout.slots
@@ -77,7 +82,16 @@ class KvPool:
     @property
     def free_slots(self) -> int:
         """Slots that can be had now, cached ones among them."""
-        return len(self._free) + len(self._cached)
+        return len(self._free) + len(self._dirty) + len(self._cached)
+
+    @property
+    def unwiped(self) -> bool:
+        """Is there anything for `wipe_some`?"""
+        return bool(self._dirty)
+
+    def wipe_some(self) -> None:
+        """A millisecond's worth of what was freed: for the engine, between two steps."""
+        self._clean(self._wiped_at_once)
 
     def rows(self) -> torch.Tensor:
         """All slots as [slots * layers * 2 * block_tokens, kv_heads * head_dim], over the shared memory
@@ -132,7 +146,7 @@ class KvPool:
 
     def release(self, slots: Sequence[int]) -> None:
         """One owner less for each, from any state; without one a slot is FREE, or cached where it is sealed.
-        They are wiped here, where nobody waits, and not when they are taken."""
+        The first are wiped here, the others by `wipe_some`, and at the latest when they are taken."""
         if not slots:
             return
         self._reserved.difference_update(slots)
@@ -179,7 +193,8 @@ class KvPool:
                 "pool_full",
                 f"the KV pool has {self.free_slots} free slots, {count} are needed: raise --pool-slots",
             )
-        self._wipe(self._evict(count - len(self._free)))
+        self._wipe(self._evict(count - len(self._free) - len(self._dirty)))
+        self._clean(count - len(self._free))
         slots = [self._free.popleft() for _ in range(count)]
         for slot in slots:
             self._owners[slot] = 1
@@ -197,6 +212,12 @@ class KvPool:
             name = self._names.pop(slot, None)
             if name is not None and self._by_name.get(name) == slot:
                 del self._by_name[name]
+        self._dirty.extend(slots)
+        if slots:
+            self.wipe_some()
+
+    def _clean(self, count: int) -> None:
+        slots = [self._dirty.popleft() for _ in range(min(count, len(self._dirty)))]
         if slots:
             self._slots.index_fill_(0, torch.tensor(slots), 0)
             self._free.extend(slots)

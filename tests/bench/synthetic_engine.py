@@ -3,6 +3,7 @@ SLOTS PACE_MS`, run by a Python with torch. For bench_kv.py: what a switch costs
 no GPU. Everything but the arithmetic is the engine's own: pool, sealing, pause, adoption.
 
 The next token is made of what the pool holds for the two before it, so KV that did not come would change the answer.
+It is one that has text of its own: a token without any (half a character) is no event, and would look like a gap.
 """
 
 from __future__ import annotations
@@ -38,8 +39,10 @@ class Config:
 class Decoder:
     """As model.PagedDecoder, for who uses it; each token fills its row of all layers with its id."""
 
-    def __init__(self, pool: KvPool, vocabulary: int, lanes: int) -> None:
-        self.config, self.pool, self.vocabulary = Config(), pool, vocabulary
+    def __init__(self, pool: KvPool, tokenizer: Tokenizer, lanes: int) -> None:
+        self.config, self.pool, self.vocabulary = Config(), pool, tokenizer.vocab_size
+        special = set(tokenizer.special_ids.values())
+        self._said = [i for i in range(self.vocabulary) if i not in special and tokenizer.token_bytes(i).isalpha()]
         self._slots = pool.rows().view(pool.layout.slots, LAYERS * 2, BLOCK_TOKENS, KV_HEADS * HEAD_DIM)
         self._tables = [array("q") for _ in range(lanes)]
 
@@ -56,7 +59,7 @@ class Decoder:
                 self._row(work.lane, at)[:] = token
             last = work.start + len(work.ids) - 1
             seen = [int(self._row(work.lane, at)[0, 0]) for at in (last, max(last - 1, 0))]
-            logits[row, (seen[0] * 31 + seen[1] * 17 + 7) % self.vocabulary] = 1.0
+            logits[row, self._said[(seen[0] * 31 + seen[1] * 17 + 7) % len(self._said)]] = 1.0
         return logits
 
     def _row(self, lane: int, at: int) -> torch.Tensor:
@@ -69,7 +72,7 @@ def main() -> None:
     tokenizer = Tokenizer.load(TINY / "tokenizer.json")
     layout = PoolLayout(slots, BLOCK_TOKENS, LAYERS, KV_HEADS, HEAD_DIM, "float16", "synthetic".ljust(32, "0"))
     pool = KvPool(layout)
-    decoder = Decoder(pool, tokenizer.vocab_size, lanes=4)
+    decoder = Decoder(pool, tokenizer, lanes=4)
     core = EngineCore(decoder, pool, tokenizer, CoreSettings(max_running=4))  # type: ignore[arg-type]
     info = EngineInfo(
         model="synthetic", fingerprint=layout.model_fingerprint, context=CONTEXT, vocab_size=tokenizer.vocab_size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,8 @@ def demo(folder: Path, *options: str) -> tuple[int, dict[str, Any], str]:
     """Exit status, demo.json and the report."""
     out = folder / "demo.json"
     argv = [sys.executable, "-m", "midstream_testbed.demo", "--json", str(out), *options]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=300, check=False)
+    env = {**os.environ, "TMPDIR": str(folder)}  # of a demo that fails, as controls must, logs are kept there
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=300, check=False)
     said = done.stdout + done.stderr
     assert out.exists(), said
     return done.returncode, json.loads(out.read_text(encoding="utf-8")), said

@@ -110,9 +110,12 @@ class VllmServer:
     def start(self) -> None:
         config = transfer_config(self.pool, **self.extra) if self.pool else None
         argv = serve_argv(self.model, self.port, config, *self.options)
+        scratch = self.folder / "tmp"  # vLLM leaves sockets and lock files there, more so when it is killed
+        scratch.mkdir(exist_ok=True)
+        env = environment(TMPDIR=str(scratch))
         with (self.folder / f"vllm-{self.port}.log").open("wb") as log:
             self.process = subprocess.Popen(
-                argv, env=environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                argv, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
 
     def wait(self) -> None:

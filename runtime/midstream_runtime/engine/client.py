@@ -26,6 +26,7 @@ from midstream_runtime.engine.protocol import (
     Engine,
     EngineInfo,
     EngineState,
+    KvSharing,
     PoolInfo,
     RequestStats,
     SamplingParams,
@@ -42,7 +43,7 @@ Sink = Callable[[list[tuple[str, TokenEvent]]], None]
 """Gets the events of one step that belong to requests started with it, in the engine's order."""
 
 
-class GatewayEngine(Engine, Protocol):
+class GatewayEngine(Engine, KvSharing, Protocol):
     """What the gateway uses of an engine beyond the protocol; `EngineClient` and `VllmEngine` are two."""
 
     on_lost: Callable[[MidstreamError], None] | None

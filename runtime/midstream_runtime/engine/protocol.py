@@ -109,8 +109,9 @@ class EngineState:
 
     def with_slots(self, slots: Sequence[int | None]) -> EngineState:
         """The same state over other slot numbers, one for each block of `kv`."""
-        kv = [KvBlock(slot, block.tokens) for slot, block in zip(slots, self.kv, strict=True)]
-        return replace(self, kv=kv)
+        if len(slots) != len(self.kv):
+            raise ValueError(f"{len(slots)} KV slots for {len(self.kv)} blocks")
+        return replace(self, kv=list(map(KvBlock, slots, (block.tokens for block in self.kv))))
 
     def to_json(self) -> dict[str, Any]:
         """JSON object; long integer lists are base64 of little-endian u32, since thousands of ids travel in a
@@ -137,7 +138,7 @@ class EngineState:
             params=SamplingParams.from_json(data["params"]),
             seed=int(data["seed"]),
             counter=int(data["counter"]),
-            kv=[KvBlock(None if s == _NO_SLOT else s, t) for s, t in zip(slots, tokens, strict=True)],
+            kv=_blocks(slots, tokens),
             undecoded=bytes.fromhex(data["undecoded"]),
             held_text=str(data["held_text"]),
             extra=dict(data.get("extra", {})),
@@ -145,6 +146,14 @@ class EngineState:
 
 
 _NO_SLOT = 0xFFFFFFFF
+
+
+def _blocks(slots: list[int], tokens: list[int]) -> list[KvBlock]:
+    """Of thousands, while a client waits."""
+    if len(slots) != len(tokens):
+        raise ValueError(f"{len(slots)} KV slots with {len(tokens)} fills")
+    places: list[int | None] = [None if s == _NO_SLOT else s for s in slots] if _NO_SLOT in slots else [*slots]
+    return list(map(KvBlock, places, tokens))
 
 
 def _pack(values: Sequence[int]) -> str:

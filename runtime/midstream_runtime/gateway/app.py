@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from midstream_runtime.contract.errors import MidstreamError, Retryable
 from midstream_runtime.contract.pool import PoolView, SlotState
-from midstream_runtime.engine.client import EngineClient, GatewayEngine
+from midstream_runtime.engine.client import GatewayEngine
 from midstream_runtime.engine.protocol import EngineInfo, EngineState, RequestStats, TokenEvent
 from midstream_runtime.engine.vllm.upstream import Upstream
 from midstream_runtime.gateway.http import HttpError
@@ -230,8 +230,8 @@ class Gateway(App):
 
     async def kv(self, handlers: Sequence[Handler], known: Sequence[int], limit: int) -> list[list[KvEntry]]:
         names = [s.answer.name if s.answer is not None and s.answer.begun else "" for s in _ours(handlers)]
-        if not isinstance(self._engine, EngineClient) or self._pool is None or self.info.pool is None:
-            return [[] for _ in names]  # only the built-in engine names blocks of answers that go on
+        if self._engine is None or self._pool is None or self.info.pool is None:
+            return [[] for _ in names]
         wanted = {name: blocks for name, blocks in zip(names, known, strict=True) if name}
         slots = await self._engine.kv(wanted, limit)
         return [[self._entry(slot) for slot in slots.get(name, ())] for name in names]
@@ -242,18 +242,13 @@ class Gateway(App):
         return KvEntry(slot, self.info.pool.slot_bytes, info.checksum, info.block_hash)
 
     async def have(self, hashes: Sequence[bytes]) -> list[int | None]:
-        engine = self.engine()
-        return await engine.have(hashes) if isinstance(engine, EngineClient) else [None] * len(hashes)
+        return await self.engine().have(hashes)
 
     async def land(self, blocks: Sequence[KvEntry]) -> None:
-        engine = self.engine()
-        if not isinstance(engine, EngineClient):
-            await super().land(blocks)
-            return
-        await engine.land([b.slot for b in blocks], [(b.block_hash, b.digest) for b in blocks])
+        await self.engine().land([b.slot for b in blocks], [(b.block_hash, b.digest) for b in blocks])
 
     async def unhold(self, slots: Sequence[int]) -> None:
-        if slots and isinstance(self._engine, EngineClient):
+        if slots and self._engine is not None:
             await self._engine.unhold(slots)
 
     async def stage(

@@ -26,7 +26,7 @@ class Movable(NamedTuple):
 
 
 class KvEntry(NamedTuple):
-    """A KV block that goes along: its slot here, the bytes in use of it, and their blake2b-128 digest."""
+    """A KV block that goes along: its slot here, the bytes in use of it, and their checksum (contract/pool.py)."""
 
     slot: int
     length_bytes: int

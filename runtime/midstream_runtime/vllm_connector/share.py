@@ -8,11 +8,13 @@ and end with it.
 | kind | asks | answers |
 |---|---|---|
 | info | | body: JSON {model, context, pool}; the memfd |
-| pin | body: ids, u32 | slots: of the first full blocks of these ids, as many as are here |
+| pin | body: hashes, a chain | slots: of the first of these blocks, as many as are here |
+| have | body: hashes | slots: of each of these blocks, -1 for one that is not here; pinned |
 | unpin | slots | |
 | reserve | n | slots |
 | free | slots | |
-| publish | slots (-1: did not come); body: ids, u32 | published |
+| land | slots; body: (hash, checksum) of each | reserved slots are sealed, and pinned |
+| publish | slots, reserved or pinned (-1: did not come); body: ids, u32 | published |
 | stats | | body: JSON |
 """
 
@@ -32,7 +34,7 @@ from typing import Any
 import torch
 
 from midstream_runtime.contract.errors import Final, MidstreamError, Retryable
-from midstream_runtime.contract.pool import HEADER_BYTES, PoolLayout
+from midstream_runtime.contract.pool import CHECKSUM_BYTES, HASH_BYTES, HEADER_BYTES, PoolLayout
 from midstream_runtime.engine import ipc
 from midstream_runtime.vllm_connector.store import BlockStore
 
@@ -86,8 +88,9 @@ class _Session:
         self._pins: Counter[int] = Counter()
         self._reserved: set[int] = set()
         self._verbs: dict[str, Callable[[dict[str, Any], bytes], Reply]] = {
-            "info": self._on_info, "pin": self._on_pin, "unpin": self._on_unpin, "reserve": self._on_reserve,
-            "free": self._on_free, "publish": self._on_publish, "stats": self._on_stats,
+            "info": self._on_info, "pin": self._on_pin, "have": self._on_have, "unpin": self._on_unpin,
+            "reserve": self._on_reserve, "free": self._on_free, "land": self._on_land, "publish": self._on_publish,
+            "stats": self._on_stats,
         }  # fmt: skip
 
     def run(self) -> None:
@@ -123,8 +126,13 @@ class _Session:
         return {}, ipc.encode_json(self._info)
 
     def _on_pin(self, _h: dict[str, Any], body: bytes) -> Reply:
-        slots = self._store.pin(self._store.chain(ids_of(body)))
+        slots = self._store.pin(_parts(body, HASH_BYTES))
         self._pins.update(slots)
+        return {"slots": slots}, b""
+
+    def _on_have(self, _h: dict[str, Any], body: bytes) -> Reply:
+        slots = self._store.have(_parts(body, HASH_BYTES))
+        self._pins.update(slot for slot in slots if slot >= 0)
         return {"slots": slots}, b""
 
     def _on_unpin(self, header: dict[str, Any], _b: bytes) -> Reply:
@@ -147,10 +155,24 @@ class _Session:
         self._store.free(sorted(slots))
         return {}, b""
 
+    def _on_land(self, header: dict[str, Any], body: bytes) -> Reply:
+        slots = [int(slot) for slot in header["slots"]]
+        names = [(part[:HASH_BYTES], part[HASH_BYTES:]) for part in _parts(body, HASH_BYTES + CHECKSUM_BYTES)]
+        if len(set(slots)) != len(slots) or not self._reserved.issuperset(slots):
+            raise Final("kv_not_reserved", "KV slots were named that this gateway did not reserve")
+        # the agent has looked: but perhaps into the pool of a server that was there before this one
+        view = self._store.pool.view
+        if any(view.actual_checksum(slot) != digest for slot, (_, digest) in zip(slots, names, strict=True)):
+            raise Final("kv_checksum", "KV slots do not hold the blocks that were named: recompute")
+        self._store.land(slots, names)
+        self._reserved.difference_update(slots)
+        self._pins.update(slots)
+        return {}, b""
+
     def _on_publish(self, header: dict[str, Any], body: bytes) -> Reply:
         slots = [None if slot < 0 else int(slot) for slot in header["slots"]]
         named = {slot for slot in slots if slot is not None}
-        if not self._reserved.issuperset(named):
+        if not all(slot in self._reserved or self._pins[slot] > 0 for slot in named):
             raise Final("kv_not_reserved", "KV slots were named that this gateway did not reserve")
         published = self._store.publish(slots, ids_of(body))
         self._reserved -= named
@@ -188,6 +210,12 @@ def ids_of(body: bytes) -> list[int]:
     ids = array.array("I")
     ids.frombytes(body)
     return ids.tolist()
+
+
+def _parts(body: bytes, size: int) -> list[bytes]:
+    if len(body) % size:
+        raise Final("bad_request", f"a body of {len(body)} bytes is no list of {size} bytes each")
+    return [body[at : at + size] for at in range(0, len(body), size)]
 
 
 def _error(error: MidstreamError) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """Blocks of vLLM's KV cache in the pool, found by their hash. The only writer of the pool's index.
 
     FREE --begin--> OPEN --seal--> SEALED --evicted, from the ends of chains--> FREE
-    FREE --reserve--> RESERVED (an agent writes) --publish--> SEALED
+    FREE --reserve--> RESERVED (an agent writes) --land (by its name), publish (by its ids)--> SEALED
 
-A SEALED block stays as long as anybody has it pinned: an agent that reads it, a step of vLLM that loads it. Callers are
-vLLM's engine thread, the sealing thread and the threads of pool.sock; one lock covers all of it.
+A SEALED block stays as long as anybody has it pinned: an agent that reads it, a step of vLLM that loads it, a job whose
+answer is still to come. One that landed while the same block was saved here is kept beside it until its job lets go.
+Callers are vLLM's engine thread, the sealing thread and the threads of pool.sock; one lock covers all of it.
 """
 
 from __future__ import annotations
@@ -44,8 +45,10 @@ class BlockStore:
         self._by_hash: OrderedDict[bytes, int] = OrderedDict()
         """Sealed blocks, the one that was used last at the end."""
         self._hash_of: dict[int, bytes] = {}
+        """Of every sealed slot, those among them that hold a block a second time (and are pinned)."""
         self._pins: Counter[int] = Counter()
         self._parent: dict[int, bytes] = {}
+        """Absent for a block that landed, until ids say what it continues."""
         self._children: Counter[bytes] = Counter()
         """How many blocks here continue this one: without it nobody could find them."""
 
@@ -79,12 +82,20 @@ class BlockStore:
                 slots.append(slot)
         return slots
 
+    def have(self, hashes: Iterable[bytes]) -> list[int]:
+        """Where each of these blocks is, -1 for one that is not here. They stay until `unpin`."""
+        with self._lock:
+            slots = [self._by_hash.get(name, -1) for name in hashes]
+            self._pins.update(slot for slot in slots if slot >= 0)
+        return slots
+
     def unpin(self, slots: Iterable[int]) -> None:
         with self._lock:
             for slot in slots:
                 self._pins[slot] -= 1
                 if self._pins[slot] <= 0:
                     del self._pins[slot]
+                    self._unpinned(slot)
 
     def loaded(self, slots: Sequence[int]) -> None:
         """vLLM has taken these over, and they were pinned for it."""
@@ -130,23 +141,40 @@ class BlockStore:
             self.pool.release_reserved(slots)
 
     def publish(self, slots: Sequence[int | None], ids: Sequence[int]) -> int:
-        """Reserved slots hold the blocks of `ids` from its first on (None: that one did not come, and all behind it are
-        of no use). Returns how many can be found now; the others are free again."""
+        """Slots, reserved or landed, hold the blocks of `ids` from its first on (None: that one did not come, and all
+        behind it are of no use). Returns how many can be found now; reserved ones behind them are free again."""
         size = self.layout.block_tokens
         came = next((i for i, slot in enumerate(slots) if slot is None), len(slots))
         came = min(came, len(ids) // size)
         with self._lock:
-            self.pool.adopt([slot for slot in slots if slot is not None])
+            written = [slot for slot in slots if slot is not None and slot not in self._hash_of]
+            self.pool.adopt(written)
             parent = ROOT_HASH
             for at, slot in enumerate(slots[:came]):
                 assert slot is not None
                 block = ids[at * size : (at + 1) * size]
                 name = block_hash(parent, block)
-                self._seal(slot, parent, block)
+                if slot in written:
+                    self._seal(slot, parent, block)
+                    self.counts.published += 1
+                elif self._hash_of[slot] == name:
+                    self._follow(slot, parent)
+                else:
+                    came = at  # another answer's block: what is behind it is of no use either
+                    break
                 parent = name
-            self.pool.release([slot for slot in slots[came:] if slot is not None])
-            self.counts.published += came
+            self.pool.release([slot for slot in slots[came:] if slot in written])
         return came
+
+    def land(self, slots: Sequence[int], names: Sequence[tuple[bytes, bytes]]) -> None:
+        """Reserved slots hold whole blocks of these (hash, checksum); they can be found, and stay until `unpin`."""
+        with self._lock:
+            for slot, (name, digest) in zip(slots, names, strict=True):
+                self.pool.land(slot, name, digest)
+                self._hash_of[slot] = name
+                self._by_hash.setdefault(name, slot)
+                self._pins[slot] += 1
+            self.counts.published += len(slots)
 
     def stats(self) -> dict[str, int]:
         with self._lock:
@@ -159,18 +187,32 @@ class BlockStore:
         """False when another slot holds the same block: this one is free again."""
         if len(ids) != self.layout.block_tokens:
             raise Final("kv_block_size", f"a KV block holds {self.layout.block_tokens} tokens, not {len(ids)}")
-        if block_hash(parent, ids) in self._by_hash:
+        if (there := self._by_hash.get(block_hash(parent, ids))) is not None:
+            self._follow(there, parent)
             self.pool.release([slot])
             return False
         name = self.pool.seal(slot, parent, ids)
-        self._by_hash[name], self._hash_of[slot], self._parent[slot] = slot, name, parent
-        self._children[parent] += 1
+        self._by_hash[name], self._hash_of[slot] = slot, name
+        self._follow(slot, parent)
         return True
+
+    def _follow(self, slot: int, parent: bytes) -> None:
+        """The block in `slot` continues `parent`, which is not evicted before it."""
+        if slot not in self._parent and self._by_hash[self._hash_of[slot]] == slot:
+            self._parent[slot] = parent
+            self._children[parent] += 1
+
+    def _unpinned(self, slot: int) -> None:
+        """Of a block that is here twice, one is enough."""
+        name = self._hash_of[slot]
+        if self._by_hash.setdefault(name, slot) != slot:
+            del self._hash_of[slot]
+            self.pool.release([slot])
 
     def _make_room(self, count: int) -> bool:
         """Evict the ends of chains, the one that was used longest ago first."""
         missing = count - self.pool.free_slots
-        if missing > len(self._by_hash) - len(self._pins):
+        if missing > len(self._hash_of) - len(self._pins):
             return False
         while missing > 0:
             ends = (s for name, s in self._by_hash.items() if not self._children[name] and s not in self._pins)
@@ -183,10 +225,11 @@ class BlockStore:
         return True
 
     def _evict(self, slot: int) -> None:
-        name, parent = self._hash_of.pop(slot), self._parent.pop(slot)
+        name, parent = self._hash_of.pop(slot), self._parent.pop(slot, None)
         del self._by_hash[name]
-        self._children[parent] -= 1
-        if not self._children[parent]:
-            del self._children[parent]
+        if parent is not None:
+            self._children[parent] -= 1
+            if not self._children[parent]:
+                del self._children[parent]
         self.pool.release([slot])
         self.counts.evicted += 1

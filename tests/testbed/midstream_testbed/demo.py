@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -303,9 +304,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def perform(demo: Demo, out: Path) -> int:
     """Play it, judge it, say so to people and machines; the exit status."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the testbed ends in order then too
     folder = demo.folder = Path(tempfile.mkdtemp(prefix="midstream-demo-"))
     try:
         play = demo.run()
+    except (KeyboardInterrupt, SystemExit):
+        shutil.rmtree(folder)  # whoever stops it asks no questions
+        raise
     except Exception:
         print(f"the demo broke off; logs are kept in {folder}", file=sys.stderr)
         raise

@@ -34,6 +34,7 @@ OURS, SERVING = "midstream-system", "llms"  # namespaces of the API
 POOL = "spot"
 MERGE = "application/merge-patch+json"
 LEASES = "/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases"
+ENDED = ("Succeeded", "RolledBack", "Failed", "Aborted")
 HEARTBEAT_S = 5.0
 AGENT_LABELS = {"app.kubernetes.io/name": "midstream", "app.kubernetes.io/component": "agent"}
 CREDENTIALS = {
@@ -153,12 +154,20 @@ class Operated:
 
     def add_serving_pod(self, name: str, host: Host, *options: str, **env: str) -> Pod:
         """Gateway and built-in engine under a Pod object that is Ready when the gateway is."""
-        labels = {"app": "llm", "pod": name, "midstream.dev/enabled": "true"}
-        uid = self._add_pod(SERVING, name, host, labels)
-        pod = self.fleet.start_gateway(host, name, *options, uid=uid, **env)
-        wait_for_line(self.fleet.pods[name].process, r"^ready\b", 60)
-        self._pod_ready(SERVING, name, pod.ipv4)
+        pod = self.place(name, host, lambda uid: self.fleet.start_gateway(host, name, *options, uid=uid, **env))
+        self.wait_ready(name)
         return pod
+
+    def place(self, name: str, host: Host, start: Callable[[str], Pod]) -> Pod:
+        """A Pod object on that node, and what `start` runs there under its UID."""
+        labels = {"app": "llm", "pod": name, "midstream.dev/enabled": "true"}
+        return start(self._add_pod(SERVING, name, host, labels))
+
+    def wait_ready(self, name: str, timeout_s: float = 60) -> None:
+        """Its gateway says so, and then its Pod object does."""
+        serving = self.fleet.pods[name]
+        wait_for_line(serving.process, r"^ready\b", timeout_s)
+        self._pod_ready(SERVING, name, serving.pod.ipv4)
 
     def _add_pod(self, namespace: str, name: str, host: Host, labels: Json, **spec: Any) -> str:
         container: Json = {"name": "main", "image": "none"}
@@ -222,12 +231,33 @@ class Operated:
         ready = [c for c in found.get("conditions", []) if c["type"] == "Ready" and c["status"] == "True"]
         return found if ready else {}
 
+    def migrate(self, pod: str, to: Host) -> str:
+        """A MigrationJob, as a user makes one; its name."""
+        spec = {"source": {"podName": pod}, "target": {"nodeName": to.name}}
+        made = self._create(_ours("migrationjobs"), "MigrationJob", {"generateName": f"{pod}-"}, spec,
+                            "midstream.dev/v1alpha1")  # fmt: skip
+        return str(made["metadata"]["name"])
+
+    def job(self, name: str) -> Json:
+        found: Json = self.plane.request("GET", f"{_ours('migrationjobs')}/{name}")
+        return found
+
+    def ended(self, name: str, timeout_s: float = 120) -> Json:
+        """The job in the phase in which it ended."""
+        what = f"MigrationJob {name} has ended"
+        return wait_until(what, lambda: self._if_ended(name), timeout_s, self.operator_log)
+
+    def _if_ended(self, name: str) -> Json:
+        job = self.job(name)
+        return job if job.get("status", {}).get("phase") in ENDED else {}
+
     def jobs(self) -> list[Json]:
         found: list[Json] = self.plane.request("GET", _ours("migrationjobs"))["items"]
         return sorted(found, key=lambda job: str(job["metadata"]["name"]))
 
     def report_of(self, job: Json) -> Json:
-        """The agent's report of a job that it knows: asking for the same job again follows it."""
+        """The agent's report of a job that it knows, its events in `output`: asking for the same job again follows
+        it."""
         status = job["status"]
         path = self.fleet.folder / f"report-{secrets.token_hex(4)}.json"
         where = ("--to", status["target"]["nodeName"], "--job", status["agentJob"], "--report", str(path))
@@ -235,7 +265,7 @@ class Operated:
         if not path.exists():
             raise RuntimeError(f"no report of {status['agentJob']}:\n{done.stdout}{done.stderr}")
         report: Json = json.loads(path.read_text(encoding="utf-8"))
-        return report
+        return {"output": done.stdout, **report}
 
 
 def wait_until(what: str, look: Callable[[], T], timeout_s: float, said: Callable[[], str] = str) -> T:

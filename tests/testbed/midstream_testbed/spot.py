@@ -31,14 +31,13 @@ from midstream_testbed.fleet import Fleet
 from midstream_testbed.instances import Interruption
 from midstream_testbed.machine import Client, Host
 from midstream_testbed.notice_queue import NoticeQueue
-from midstream_testbed.operated import Json, Operated
+from midstream_testbed.operated import ENDED, Json, Operated
 from midstream_testbed.verdict import Answer, Network
 from midstream_testbed.vpc import Vpc
 
 POOL = f"{ADDRESS}/30"  # the operator takes its first address
 MOVE_SECONDS = 3.0  # between EC2's yes and its effect
 BEGUN_SHARE = 0.1  # of the answer has come when the notice does
-ENDED = ("Succeeded", "RolledBack", "Failed", "Aborted")
 SOURCES = {"imds": ("imds",), "sqs": ("sqs",), "both": ("imds", "sqs")}
 
 

@@ -101,6 +101,61 @@ def test_a_block_that_came_twice_is_kept_once(store: BlockStore) -> None:
     assert (store.stats()["blocks"], store.stats()["free_slots"]) == (1, SLOTS - 1)
 
 
+def write(store: BlockStore, slot: int, mark: int) -> bytes:
+    """As an agent fills a reserved slot; its checksum."""
+    store.pool.view.slot(slot)[:] = bytes([mark]) * LAYOUT.slot_bytes
+    return store.pool.view.actual_checksum(slot)
+
+
+def test_blocks_that_landed_are_found_by_their_names_and_go_when_nobody_wants_them(store: BlockStore) -> None:
+    hashes, slots = store.chain(IDS[: 3 * SIZE]), store.reserve(3)
+    store.land(slots, [(name, write(store, slot, 1)) for name, slot in zip(hashes, slots, strict=True)])
+    assert store.have([*hashes, b"x" * 32]) == [*slots, -1]
+    store.unpin(slots)
+    with pytest.raises(Retryable, match="pool_full"):
+        store.reserve(4)
+    store.unpin(slots)
+    assert store.publish(slots, IDS) == 3, "landed slots are named again by the answer that they came with"
+    store.reserve(4)
+    assert store.hits(hashes) == 2, "the end of the chain went first"
+
+
+def test_an_answer_of_landed_and_reserved_slots_is_whole(store: BlockStore) -> None:
+    hashes, (first, tail) = store.chain(IDS[: 2 * SIZE]), store.reserve(2)
+    store.land([first], [(hashes[0], write(store, first, 1))])
+    assert store.publish([first, tail], IDS[: 2 * SIZE]) == 2
+    assert store.pin(hashes) == [first, tail]
+
+
+def test_a_landed_block_of_another_answer_ends_what_can_be_used(store: BlockStore) -> None:
+    other, slots = store.chain([9] * SIZE), store.reserve(3)
+    store.land([slots[1]], [(other[0], write(store, slots[1], 1))])
+    assert store.publish(slots, IDS[: 3 * SIZE]) == 1
+    assert store.hits(store.chain(IDS)) == 1
+    assert store.stats()["free_slots"] == SLOTS - 2, "the third slot is free again"
+
+
+def test_a_block_that_landed_beside_its_like_is_free_once_its_job_lets_go(store: BlockStore) -> None:
+    (name,), (slot,) = store.chain(IDS[:SIZE]), store.reserve(1)
+    (ours,) = save(store, IDS[:SIZE])
+    store.land([slot], [(name, write(store, slot, 1))])
+    assert store.pin([name]) == [ours]
+    store.unpin([ours])
+    assert store.publish([slot], IDS[:SIZE]) == 1
+    store.unpin([slot])
+    assert (store.stats()["blocks"], store.stats()["free_slots"], store.stats()["pinned"]) == (1, SLOTS - 1, 0)
+
+
+def test_of_two_like_blocks_the_one_that_is_pinned_outlives_the_other(store: BlockStore) -> None:
+    (name,), (slot,) = store.chain(IDS[:SIZE]), store.reserve(1)
+    save(store, IDS[:SIZE])
+    store.land([slot], [(name, write(store, slot, 1))])
+    store.free(store.reserve(SLOTS - 1))
+    assert store.hits([name]) == 0, "the other was evicted"
+    store.unpin([slot])
+    assert store.pin([name]) == [slot]
+
+
 @pytest.fixture
 def served(store: BlockStore, tmp_path: Path) -> Iterator[tuple[BlockStore, str]]:
     from midstream_runtime.vllm_connector.share import PoolServer
@@ -125,15 +180,38 @@ def test_the_gateway_maps_the_pool_and_what_it_holds_ends_with_its_connection(se
         client = await PoolClient.connect(path)
         assert client.info["context"] == 64
         view = PoolView(memoryview(mmap.mmap(client.fd, 0, mmap.MAP_SHARED, mmap.PROT_READ)))
-        slots = await client.pin(IDS)
+        slots = await client.pin(store.chain(IDS))
         assert [bytes(view.slot(slot)[:1]) for slot in slots] == [b"\7", b"\7"]
         reserved = await client.reserve(3)
         assert (store.stats()["pinned"], store.stats()["free_slots"]) == (2, 1)
         with pytest.raises(Final, match="kv_not_reserved"):
-            await client.publish(slots, IDS)
+            await client.publish([5], IDS)
         assert await client.publish(reserved[:1], [9] * SIZE) == 1
         client.close()
         await settled(store, pinned=0, free_slots=3)
+
+    asyncio.run(run())
+
+
+def test_slots_land_over_the_socket_only_with_what_they_are_said_to_hold(served: tuple[BlockStore, str]) -> None:
+    store, path = served
+    hashes = store.chain(IDS[: 2 * SIZE])
+
+    async def run() -> None:
+        client = await PoolClient.connect(path)
+        slots = await client.reserve(2)
+        names = [(name, write(store, slot, 3)) for name, slot in zip(hashes, slots, strict=True)]
+        with pytest.raises(Final, match="kv_checksum"):
+            await client.land(slots, [names[0], (hashes[1], bytes(16))])
+        with pytest.raises(Final, match="kv_not_reserved"):
+            await client.land([5], names[:1])
+        assert store.stats()["blocks"] == 0
+        await client.land(slots, names)
+        assert await client.have([hashes[1], b"x" * 32]) == [slots[1], None]
+        assert await client.publish(slots, IDS) == 2
+        assert store.stats()["pinned"] == 2
+        client.close()
+        await settled(store, pinned=0, blocks=2)
 
     asyncio.run(run())
 
@@ -147,7 +225,7 @@ def test_a_pool_that_is_gone_is_said_to_be(served: tuple[BlockStore, str], tmp_p
         with pytest.raises(Retryable, match="pool_unreachable"):
             await client.stats()
         with pytest.raises(Retryable, match="pool_unreachable"):
-            await client.pin(IDS)
+            await client.pin(served[0].chain(IDS))
 
     asyncio.run(run())
 

@@ -13,7 +13,7 @@ import pytest
 from kv_ends import SETTINGS
 from kv_pods import KV, LOOPBACK, Pod, moving, text_of, two_pods
 from midstream_agent.kv import Geometry
-from midstream_agent.precopy import Progress, Round, fits, tail_choice
+from midstream_agent.precopy import Progress, Round, fits, tail_bound_s, tail_choice
 from midstream_runtime.contract.errors import Final
 
 Engines = tuple[str, str]
@@ -217,6 +217,26 @@ def test_clients_do_not_wait_for_a_tail_that_does_not_come(engines: Engines, tmp
     run(engines, tmp_path, body)
 
 
+def test_of_a_tail_that_takes_too_long_what_came_in_time_is_used(engines: Engines, tmp_path: Path) -> None:
+    """The link takes 20 blocks a second, and clients wait for a fifth of a second."""
+
+    async def body(a: Pod, b: Pod) -> None:
+        prompt = new_prompt()
+        wanted = await text_of(await a.ask(prompt, TOKENS))
+        client = await a.ask(prompt, TOKENS)
+        await a.wait_for(1, 100)
+        limit = 20 * a.view.geometry.slot_bytes
+        slow = replace(KV, streams=1, piece_bytes=1 << 10, bytes_per_s=limit, tail_s=0.2)
+        async with moving(tmp_path, a, b, slow) as move:
+            await move.switch()
+            came = [slot for slot in move.slots if slot != -1]
+            assert 0 < len(came) < len(move.slots) and move.slots[: len(came)] == came
+            assert (move.report.reason, move.report.blocks_recomputed) == ("kv_slow", len(move.slots) - len(came))
+        assert await text_of(client) == wanted
+
+    run(engines, tmp_path, body)
+
+
 def test_a_block_that_is_not_what_the_ids_say_is_computed_again(engines: Engines, tmp_path: Path) -> None:
     """The target's engine checks the names of shared blocks against the tokens: a wrong slot is not believed."""
 
@@ -375,3 +395,12 @@ def test_other_fingerprints_are_seen_before_anything_is_sent() -> None:
     assert why_not(ours, "") == "no_pool"
     assert why_not(None, "f") == "no_pool"
     assert why_not(ours, "f", 2) == "kv_old_pod"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "prefill", "bound_s"), [(1000, 0.0, 2.0), (1000, 5000.0, 0.2), (100_000, 5000.0, 2.0)]
+)
+def test_clients_wait_for_a_tail_as_long_as_computing_it_would_take(
+    tokens: int, prefill: float, bound_s: float
+) -> None:
+    assert tail_bound_s(tokens, prefill, 2.0) == bound_s

@@ -30,6 +30,8 @@ from midstream_runtime.engine.builtin.model import Interrupted
 from midstream_runtime.engine.builtin.template import render_chat
 from midstream_runtime.engine.protocol import EngineInfo, EngineState, SamplingParams, TokenEvent
 
+_WIPE_EVERY_S = 0.002
+"""Half of the time at most goes into wiping what was freed."""
 _READ_BYTES = 1 << 20
 _MAX_UNSENT_BYTES = 64 << 20
 """A gateway that is this far behind reads no more; its connection is closed."""
@@ -121,11 +123,15 @@ class EngineServer:
     def run(self) -> None:
         next_step = time.monotonic()
         while not self._stopped:
-            self._poll(None if self._core.idle else max(0.0, next_step - time.monotonic()))
+            timeout = None if self._core.idle else max(0.0, next_step - time.monotonic())
+            if self._core.pool.unwiped:
+                timeout = _WIPE_EVERY_S if timeout is None else min(timeout, _WIPE_EVERY_S)
+            self._poll(timeout)
             self._handle_inbox()
             self._forget_closed()
             now = time.monotonic()
             if self._core.idle or now < next_step:
+                self._core.pool.wipe_some()
                 continue
             started = now
             try:

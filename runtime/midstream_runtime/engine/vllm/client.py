@@ -7,6 +7,9 @@ client's socket is live; its tokens wait for `resume`.
 
 A server that goes away does not end its answers: they go on from their ids when it is back, within `Settings.outage_s`.
 
+KV goes to the pool block by block as vLLM fills it, and blocks are named by the ids that lead to them: so this end
+knows the names of an answer's blocks while the server goes on with it, and which of them the pool has (`kv`).
+
 What runs concurrently: a task an answer; `watch`, which reads the server's health and metrics and reconnects the pool.
 """
 
@@ -23,6 +26,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from midstream_runtime.contract.errors import Final, MidstreamError, Retryable
+from midstream_runtime.contract.pool import ROOT_HASH, block_hash
 from midstream_runtime.engine.client import Sink, StartRequest
 from midstream_runtime.engine.protocol import (
     EngineInfo,
@@ -53,6 +57,8 @@ class Settings:
 
 
 DEFAULTS = Settings()
+NAMED_AT_ONCE = 128
+"""Blocks, between two looks at the event loop: under a millisecond. Tokens of other answers are handed on meanwhile."""
 REFUSALS = 3
 """A server that answers an answer's continuation with an error so often in a row will not do better."""
 
@@ -69,6 +75,8 @@ class _Running:
     held: tuple[EngineState, list[int]] | None = None
     """State at the pause, and the ids whose KV belongs to it."""
     pinned: list[int] = field(default_factory=list)
+    names: list[bytes] = field(default_factory=list)
+    """Hashes of its first full blocks, as far as somebody has asked."""
     task: asyncio.Task[None] | None = None
 
     @property
@@ -405,7 +413,7 @@ class VllmEngine:
 
     async def reserve(self, n: int) -> list[int]:
         if self._pool is None:
-            raise Final("no_pool", "this vLLM server runs without the Midstream connector: it has no KV pool")
+            raise _no_pool()
         return await self._pool.reserve(n)
 
     async def free(self, slots: Sequence[int]) -> None:
@@ -413,17 +421,33 @@ class VllmEngine:
             await self._pool.free(slots)
 
     async def kv(self, known: Mapping[str, int], limit: int) -> dict[str, list[int]]:
-        """Nothing while answers go on: a stock server's blocks travel at the pause."""
-        return {}
+        found: dict[str, list[int]] = {}
+        for name, first in known.items():
+            running = self._running.get(name)
+            if running is None or self._pool is None or limit <= 0:
+                continue
+            names = await self._names_of(running, running.answer.kv_ids)
+            with contextlib.suppress(Retryable):  # the pool is gone, and with it what it kept for us
+                if slots := await self._pool.pin(names[first : first + limit]):
+                    found[name] = slots
+                    limit -= len(slots)
+        return found
 
     async def have(self, hashes: Sequence[bytes]) -> list[int | None]:
+        if self._pool is not None:
+            with contextlib.suppress(Retryable):
+                return await self._pool.have(hashes)
         return [None] * len(hashes)
 
     async def land(self, slots: Sequence[int], names: Sequence[tuple[bytes, bytes]]) -> None:
-        raise Final("no_pool", "blocks for a vLLM server come at the pause, in slots that were reserved for them")
+        if self._pool is None:
+            raise _no_pool()
+        await self._pool.land(slots, names)
 
     async def unhold(self, slots: Sequence[int]) -> None:
-        """Nothing is held: see `kv`."""
+        if slots and self._pool is not None:
+            with contextlib.suppress(Retryable):
+                await self._pool.unpin(slots)
 
     async def stats(self) -> dict[str, Any]:
         pool = await self._pool.stats() if self._pool is not None and not self._pool.lost.is_set() else {}
@@ -436,8 +460,18 @@ class VllmEngine:
         if self._pool is None:
             return []
         with contextlib.suppress(Retryable):
-            running.pinned = await self._pool.pin(ids)
+            running.pinned = await self._pool.pin(await self._names_of(running, ids))
         return running.pinned
+
+    async def _names_of(self, running: _Running, ids: Sequence[int]) -> list[bytes]:
+        """Hashes of the full blocks of `ids`, which begin as all ids of this answer do."""
+        size, names = self._block_tokens(), running.names
+        full = len(ids) // size
+        while (at := len(names)) < full:  # somebody else may name some meanwhile
+            names.append(block_hash(names[-1] if names else ROOT_HASH, ids[at * size : (at + 1) * size]))
+            if at % NAMED_AT_ONCE == 0:
+                await asyncio.sleep(0)
+        return names[:full]
 
     async def _unpin(self, running: _Running) -> None:
         pinned, running.pinned = running.pinned, []
@@ -448,6 +482,10 @@ class VllmEngine:
     def _block_tokens(self) -> int:
         assert self._info is not None and self._info.pool is not None
         return self._info.pool.block_tokens
+
+
+def _no_pool() -> Final:
+    return Final("no_pool", "this vLLM server runs without the Midstream connector: it has no KV pool")
 
 
 def _cancel(running: _Running) -> None:

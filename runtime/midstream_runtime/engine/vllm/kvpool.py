@@ -52,10 +52,15 @@ class PoolClient:
             os.close(self.fd)
             self.fd = -1
 
-    async def pin(self, ids: Sequence[int]) -> list[int]:
-        """Slots of the first full blocks of `ids`, as many as the pool has."""
-        header, _ = await self._call("pin", _pack(ids))
+    async def pin(self, hashes: Sequence[bytes]) -> list[int]:
+        """Slots of the first blocks of a chain, as many as the pool has. They stay until `unpin`."""
+        header, _ = await self._call("pin", b"".join(hashes))
         return list(header["slots"])
+
+    async def have(self, hashes: Sequence[bytes]) -> list[int | None]:
+        """Where the pool has each of these blocks. They stay until `unpin`."""
+        header, _ = await self._call("have", b"".join(hashes))
+        return [None if slot < 0 else int(slot) for slot in header["slots"]]
 
     async def unpin(self, slots: Sequence[int]) -> None:
         await self._call("unpin", slots=list(slots))
@@ -67,8 +72,12 @@ class PoolClient:
     async def free(self, slots: Sequence[int]) -> None:
         await self._call("free", slots=list(slots))
 
+    async def land(self, slots: Sequence[int], names: Sequence[tuple[bytes, bytes]]) -> None:
+        """Reserved slots hold whole blocks of these (hash, checksum): sealed, until `unpin`."""
+        await self._call("land", b"".join(name + digest for name, digest in names), slots=list(slots))
+
     async def publish(self, slots: Sequence[int | None], ids: Sequence[int]) -> int:
-        """Reserved slots hold the first blocks of `ids`: vLLM may load them. How many it can use."""
+        """Slots, reserved or pinned, hold the first blocks of `ids`: vLLM may load them. How many it can use."""
         header, _ = await self._call("publish", _pack(ids), slots=[-1 if s is None else s for s in slots])
         return int(header["published"])
 
