@@ -5,7 +5,8 @@ leads nowhere is limited. From then on the other way leads nowhere. Nobody tells
 packet that comes to the other one of them. Two downloads, one by a stream that has moved, one by a stream that does
 not move at all: neither may lose a byte or wait for a timer. What was on its way is repaired by fast retransmission.
 
-No clock: a download that lives on its retransmission timer shows in the kernel's count of timeouts.
+No clock: a download that lives on its retransmission timer shows in the kernel's count of timeouts. One is let pass: a
+machine that is busy enough is itself late by the 200 ms after which the kernel counts one.
 """
 
 from __future__ import annotations
@@ -123,6 +124,6 @@ def test_downloads_go_on_when_their_address_moves(world: HoldWorld) -> None:
         until(lambda: PROVED in world.agent("node-b").fired()[1:], "the agent goes on")
         for flow in flows:
             flow.download.goes_on()
-        assert [f.timeouts() for f in flows] == timeouts
+        assert all(f.timeouts() <= before + 1 for f, before in zip(flows, timeouts, strict=True))
         assert [d.wrong for d in downloads] == ["", ""]
     job.succeed()
