@@ -47,6 +47,8 @@ def lose_target(world: World, node: str, where: str) -> dict[str, Any]:
         world.wait_fired(node, where)
         world.b.delete()
         argv = [sys.executable, "-c", DECLARE_GONE, str(world.fleet.inventory), "node-a", "gone", "node-b"]
+        refused = world.fleet.operator.run([*argv, "1"], env=world.fleet.env(), check=False)
+        assert "stale_epoch" in refused.stderr
         world.fleet.operator.run(argv, env=world.fleet.env())
         world.agent("node-a").arm("source.RELEASE.do.after=delay:0")  # go on, if it waits
         report = ends.result()
