@@ -11,8 +11,9 @@
  *   map         key                 value              written by
  *   ms_flows    ms_flow_key         ms_flow_ctl        agent only
  *   ms_notes    ms_flow_key         ms_flow_note       BPF only (agent creates and deletes)
- *   ms_addrs    ms_addr_key         ms_addr_ctl        agent only
+ *   ms_addrs    ms_addr_key         ms_addr_ctl        agent only (but for `seen`: BPF)
  *   ms_births   ms_flow_key         ms_birth (u32)     BPF only (agent deletes)
+ *   ms_copies   slot (u32)          ms_copies          BPF only
  *   ms_conf     0 (u32)             ms_conf            agent only
  *   ms_counters ms_reason (u32)     u64 per CPU        BPF only
  *
@@ -151,7 +152,9 @@ enum ms_addr_state {
 /*
  * How packets *from* the address leave this node. Neither: as they would without
  * us. Both: from the assign call until the path is proved, since nobody knows in
- * which instant the network accepts them from where; duplicates are harmless.
+ * which instant the network accepts them from where; duplicates are harmless, but
+ * one of two is carried for nothing. So a bulk flow's second copies are limited
+ * (ms_copies) as long as the network is known to be as it was.
  */
 #define MS_ADDR_OUT_TUNNEL (1u << 3) /* through the tunnel, the peer emits them */
 #define MS_ADDR_OUT_DIRECT (1u << 4) /* by the NIC */
@@ -168,7 +171,46 @@ struct ms_addr_ctl {
 	__u8 peer[16];     /* the other node's end of the tunnel, v4-mapped */
 	__u32 pod_ifindex; /* host side of the pod's veth pair */
 	__u8 pod_mac[6];   /* the pod's side */
-	__u8 pad[2];
+	/*
+	 * The network has brought here what it would have brought to the peer before: it has
+	 * moved the address, or begun to. Set by BPF; every stage that the agent sets clears it
+	 * (an update in that very instant, too: the next packet sets it again).
+	 */
+	__u8 seen;
+	__u8 pad[1];
+};
+
+/*
+ * What a TCP flow that leaves both ways may send the other way: the one that
+ * leads nowhere as long as the address has not moved (target: by the NIC;
+ * source: through the tunnel). MS_COPY_BURST bytes at once, refilled by one byte
+ * each MS_COPY_NS_BYTE. Not limited are:
+ *
+ *   a flow that was silent for MS_COPY_PAUSE_NS: it starts anew. Tokens come
+ *     with pauses, and so does the probe for a lost tail, which waits for 2 ms
+ *     and two round trips (tcp_schedule_loss_probe)
+ *   what is sent again: what went lost in the instant of the move must not be
+ *     lost twice, and what its receipt sets free goes on by fast retransmission
+ *   all, once the network was seen to have changed (ms_addr_ctl.seen)
+ *
+ * So a stream of tokens leaves both ways as a whole. A download that the network
+ * takes from the other node without warning loses what is under way, is never
+ * silent there, and never waits for a retransmission timeout.
+ *
+ * A slot is its last flow's: where two share one, each starts anew whenever the
+ * other spoke, and copies are too many, never too few. Two CPUs with packets of
+ * one flow at once may lose what either adds, to the same effect.
+ */
+#define MS_COPIES_MAX 4096 /* a power of two */
+#define MS_COPY_BURST 65536
+#define MS_COPY_NS_BYTE 1000
+#define MS_COPY_PAUSE_NS 2000000
+
+struct ms_copies {
+	__u32 flow;    /* skb's hash of the flow whose slot this is */
+	__u32 end;     /* of its newest segment, in sequence numbers */
+	__u64 last_ns; /* of its newest packet */
+	__u64 full_ns; /* by then all is refilled */
 };
 
 /* Connections made while their address was on its way; whose they are. */
@@ -215,7 +257,8 @@ enum ms_reason {
 	MS_R_TUNNEL_FAILED = 22, /* dropped: no key, no room, no next hop */
 	MS_R_STEER_LOCAL = 23,   /* the host's own routing, handed to the pod */
 	MS_R_OUT_BOTH = 24,      /* a copy went into the tunnel, the packet by the NIC */
-	MS_R_MAX = 25,
+	MS_R_OUT_BULK = 25,      /* such a copy was spared: the packet left one way only */
+	MS_R_MAX = 26,
 };
 
 /* Entries of ms_counters: room for reasons to come, so that an upgrade keeps the map. */

@@ -45,6 +45,7 @@ _Static_assert(sizeof(struct ms_addr_key) == MS_SIZE_ADDR_KEY,
 	       "ms_addr_key: loader and header differ");
 _Static_assert(sizeof(struct ms_addr_ctl) == MS_SIZE_ADDR_CTL,
 	       "ms_addr_ctl: loader and header differ");
+_Static_assert(sizeof(struct ms_copies) == MS_SIZE_COPIES, "ms_copies: loader and header differ");
 _Static_assert(sizeof(struct ms_conf) == MS_SIZE_CONF, "ms_conf: loader and header differ");
 _Static_assert(MS_R_MAX <= MS_COUNTERS_MAX, "ms_counters has no room for every reason");
 

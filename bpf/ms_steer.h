@@ -237,6 +237,13 @@ MS_INLINE struct ms_addr_ctl *ms_tunnelled(const u8 ip[16])
 	return addr;
 }
 
+/* Written once: the entry is read by every CPU for every packet. */
+MS_INLINE void ms_see(struct ms_addr_ctl *addr)
+{
+	if (!addr->seen)
+		addr->seen = 1;
+}
+
 MS_INLINE int ms_is_mapped(const u8 ip[16])
 {
 	const u32 *w = (const u32 *)ip;
@@ -283,6 +290,8 @@ MS_INLINE int ms_steer_nic(struct __sk_buff *skb)
 	addr = ms_tunnelled(r.pkt.key.local);
 	if (!addr)
 		return ms_work_in(skb, &r.pkt, MS_INGRESS);
+	if (addr->state == MS_ADDR_ARRIVING)
+		ms_see(addr);
 	where = ms_where(&r, addr);
 	if (where == MS_WHERE_PEER)
 		return ms_into_tunnel(skb, addr, 0);
@@ -363,6 +372,8 @@ MS_INLINE int ms_steer_arrived(struct __sk_buff *skb)
 	if (addr && ms_is_peer(skb, addr)) {
 		if (r.probe)
 			return ms_drop(MS_R_TUNNEL_PROBE);
+		if (addr->state == MS_ADDR_LEAVING)
+			ms_see(addr);
 		skb->mark = MS_MARK_TUNNEL;
 		bpf_skb_change_type(skb, 0); /* PACKET_HOST: the inner MAC is some other device's */
 		ms_count(MS_R_TUNNEL_IN);
@@ -372,6 +383,68 @@ MS_INLINE int ms_steer_arrived(struct __sk_buff *skb)
 	if (addr && ms_is_peer(skb, addr))
 		return r.probe ? ms_drop(MS_R_TUNNEL_PROBE) : ms_emit(skb, &r, conf);
 	return ms_drop(MS_R_TUNNEL_PEER);
+}
+
+/* End of the segment, in sequence numbers; a FIN is not looked at here. 0: there is no TCP header.
+ */
+MS_INLINE int ms_segment_end(struct __sk_buff *skb, const struct ms_pkt *p, u32 *seq, u32 *end)
+{
+	u32 tcp[4]; /* ports, seq, ack, data offset .. window */
+
+	if (ms_load(skb, p->l4, tcp, sizeof(tcp)) < 0)
+		return 0;
+	*seq = bpf_ntohl(tcp[1]);
+	*end = *seq + skb->len - p->l4 - ((bpf_ntohl(tcp[3]) >> 28) * 4);
+	return 1;
+}
+
+/* May this packet leave the way, too, that the network does not take yet? See ms_copies. */
+MS_INLINE int ms_copy_too(struct __sk_buff *skb, const struct ms_pkt *p)
+{
+	u32 flow = bpf_get_hash_recalc(skb), slot = flow & (MS_COPIES_MAX - 1), seq, end;
+	struct ms_copies *c = ms_lookup(MS_FD_COPIES, &slot);
+	u64 now = bpf_ktime_get_ns(), full;
+	int known;
+
+	if (!c || !ms_segment_end(skb, p, &seq, &end))
+		return 1;
+	known = c->flow == flow;
+	full = c->full_ns;
+	if (!known || (s64)(now - c->last_ns) >= MS_COPY_PAUSE_NS || (s64)(full - now) < 0)
+		full = now;
+	c->flow = flow;
+	c->last_ns = now;
+	c->full_ns = full;
+	if (known && ms_before(seq, c->end))
+		return 1;
+	c->end = end;
+	if (full - now >= (u64)MS_COPY_BURST * MS_COPY_NS_BYTE)
+		return 0;
+	c->full_ns = full + (u64)skb->len * MS_COPY_NS_BYTE;
+	return 1;
+}
+
+/*
+ * The first word, the last one and what is no TCP goes both ways in any case: the bulk of a
+ * connection is sent again when it is lost, an RST and a datagram are not.
+ */
+MS_INLINE int ms_is_bulk(const struct ms_route *r)
+{
+	return r->tcp && !(r->flags & (MS_TCP_SYN | MS_TCP_FIN | MS_TCP_RST));
+}
+
+/* Nobody knows yet, or any more, from which node the network takes packets of this address. */
+MS_INLINE int ms_out_both(struct __sk_buff *skb, const struct ms_route *r,
+			  const struct ms_addr_ctl *addr, const struct ms_conf *conf)
+{
+	if (!addr->seen && ms_is_bulk(r) && !ms_copy_too(skb, &r->pkt)) {
+		ms_count(MS_R_OUT_BULK);
+		return addr->state == MS_ADDR_ARRIVING ? ms_into_tunnel(skb, addr, 0) : MS_PASS;
+	}
+	if (!conf->tunnel_ifindex || ms_set_key(skb, addr, 0) < 0 ||
+	    bpf_clone_redirect(skb, conf->tunnel_ifindex, 0) < 0)
+		ms_count(MS_R_TUNNEL_FAILED);
+	return ms_pass(MS_R_OUT_BOTH);
 }
 
 MS_INLINE int ms_steer_out(struct __sk_buff *skb)
@@ -392,10 +465,7 @@ MS_INLINE int ms_steer_out(struct __sk_buff *skb)
 	}
 	if (!(addr->flags & MS_ADDR_OUT_DIRECT))
 		return ms_into_tunnel(skb, addr, 0);
-	if (!conf->tunnel_ifindex || ms_set_key(skb, addr, 0) < 0 ||
-	    bpf_clone_redirect(skb, conf->tunnel_ifindex, 0) < 0)
-		ms_count(MS_R_TUNNEL_FAILED);
-	return ms_pass(MS_R_OUT_BOTH);
+	return ms_out_both(skb, &r, addr, conf);
 }
 
 #endif

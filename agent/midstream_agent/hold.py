@@ -73,7 +73,7 @@ class AddrEntry:
 
     def pack(self) -> bytes:
         peer = _address(self.peer) if self.peer else bytes(16)
-        return ADDR_CTL.pack(self.state, self.flags, self.epoch, self.vni, peer, self.pod_ifindex, self.pod_mac, b"")
+        return ADDR_CTL.pack(self.state, self.flags, self.epoch, self.vni, peer, self.pod_ifindex, self.pod_mac, 0, b"")
 
 
 class Hold:

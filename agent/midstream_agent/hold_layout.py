@@ -32,7 +32,7 @@ REASONS = (
     "pass_unknown", "absorb_frozen", "absorb_held", "answer_zero_window", "gate_drop", "gate_pass_answer",
     "moved_drop", "syn_leaving", "dead_drop", "malformed", "note_busy", "answer_failed", "fragment",
     "bad_checksum", "note_missing", "skewed", "tunnel_out", "tunnel_in", "tunnel_emit", "tunnel_probe", "tunnel_peer",
-    "tunnel_loop", "tunnel_failed", "steer_local", "out_both",
+    "tunnel_loop", "tunnel_failed", "steer_local", "out_both", "out_bulk",
 )  # fmt: skip
 
 KEY = struct.Struct("=16s16s2s2s")  # local, remote, local_port, remote_port: network order
@@ -40,15 +40,17 @@ CTL = struct.Struct("=8I")  # state, flags, snd_nxt, rcv_nxt, tsval, pad x 3
 # version, flags, seq, ack, window, tsval, tsecr, data_seq, data_len, absorbed, answered, rst_seq, data
 NOTE = struct.Struct(f"=12I{NOTE_DATA_MAX}s")
 ADDR_KEY = struct.Struct("=16s")
-# state, flags, epoch, vni, peer, pod_ifindex, pod_mac, pad
-ADDR_CTL = struct.Struct("=4I16sI6s2s")
+# state, flags, epoch, vni, peer, pod_ifindex, pod_mac, seen, pad
+ADDR_CTL = struct.Struct("=4I16sI6sB1s")
 BIRTH = struct.Struct("=I")
+COPIES = struct.Struct("=2IQQ")  # flow, end, last_ns, full_ns
 # nic_ifindex, tunnel_ifindex, probe_port (network order), nic_mac, gateway_mac_v4, gateway_mac_v6, pad
 CONF = struct.Struct("=2I2s6s6s6s4s")
 
 FLOWS_MAX = 65536
 ADDRS_MAX = 4096
 BIRTHS_MAX = 65536
+COPIES_MAX, COPY_BURST, COPY_NS_BYTE, COPY_PAUSE_NS = 4096, 65536, 1000, 2_000_000
 
 # Without preallocation: 65,536 notes would be 137 MB.
 MAPS = (
@@ -56,6 +58,7 @@ MAPS = (
     MapSpec("ms_notes", MAP_TYPE_HASH, KEY.size, NOTE.size, FLOWS_MAX, F_NO_PREALLOC),
     MapSpec("ms_addrs", MAP_TYPE_HASH, ADDR_KEY.size, ADDR_CTL.size, ADDRS_MAX, F_NO_PREALLOC),
     MapSpec("ms_births", MAP_TYPE_LRU_HASH, KEY.size, BIRTH.size, BIRTHS_MAX),
+    MapSpec("ms_copies", MAP_TYPE_ARRAY, 4, COPIES.size, COPIES_MAX),
     MapSpec("ms_conf", MAP_TYPE_ARRAY, 4, CONF.size, 1),
     MapSpec("ms_counters", MAP_TYPE_PERCPU_ARRAY, 4, 8, COUNTERS_MAX),
 )

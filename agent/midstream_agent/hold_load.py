@@ -34,7 +34,7 @@ from types import ModuleType
 from midstream_runtime.contract.errors import Final
 
 from midstream_agent.bpf import MapSpec, map_spec, obj_get, obj_pin
-from midstream_agent.hold_layout import ADDR_CTL, ADDR_KEY, CONF, CTL, KEY, MAPS, NOTE, PROGRAMS
+from midstream_agent.hold_layout import ADDR_CTL, ADDR_KEY, CONF, COPIES, CTL, KEY, MAPS, NOTE, PROGRAMS
 
 DEBIAN_BCC = Path("/usr/lib/python3/dist-packages/bcc")
 USR_SRC = Path("/usr/src")
@@ -244,6 +244,9 @@ def compile_programs(
 
 
 def _defines(maps: dict[str, int]) -> list[str]:
-    sizes = {"KEY": KEY, "CTL": CTL, "NOTE": NOTE, "ADDR_KEY": ADDR_KEY, "ADDR_CTL": ADDR_CTL, "CONF": CONF}
+    sizes = {
+        "KEY": KEY, "CTL": CTL, "NOTE": NOTE, "ADDR_KEY": ADDR_KEY, "ADDR_CTL": ADDR_CTL, "COPIES": COPIES,
+        "CONF": CONF,
+    }  # fmt: skip
     descriptors = [f"-DMS_FD_{name.removeprefix('ms_').upper()}={fd}" for name, fd in maps.items()]
     return descriptors + [f"-DMS_SIZE_{name}={layout.size}" for name, layout in sizes.items()]

@@ -122,6 +122,7 @@ class SourceJobs:
 
     def _end(self, job: SourceJob, record: Record) -> None:
         self._busy.pop(job.request.pod.uid, None)
+        self._node.forget_epoch(f"gone:{job.request.job_id}")
         if record.report.reason == "streams_remain":
             self._node.tasks.start(f"rest of {job.request.job_id}", self._finish_later(job))
         else:
@@ -165,11 +166,12 @@ class SourceJobs:
         record.job.abort_asked = True
         return True, f"job {job_id} is being rolled back"
 
-    def declare_gone(self, job_id: str, node: str, evidence: str) -> None:
+    def declare_gone(self, job_id: str, node: str, evidence: str, epoch: int) -> None:
         record = self.records.get(job_id)
         job = record.job if record else None
         if job is None or job.request.target_node.name != node:
             raise Final("unknown_job", f"no running job {job_id} of this agent has {node} as its target")
+        self._node.check_gone_epoch(job_id, epoch, job.request.epoch)
         job.journal.decide("GONE", node=node, evidence=evidence)
         job.peer_gone = evidence
 

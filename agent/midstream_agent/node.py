@@ -236,13 +236,23 @@ class Node:
     # -- epochs ----------------------------------------------------------------------------------------
 
     def check_epoch(self, what: str, epoch: int) -> None:
-        """Refuse a command that is older than the newest one seen for this pod or address."""
-        seen = self._epochs.get(what, 0)
+        """Refuse a command that is older than the newest one seen for this pod, address or job."""
+        self._check_epoch(what, epoch, 0)
+
+    def check_gone_epoch(self, job_id: str, epoch: int, begun: int = 0) -> None:
+        """Refuse the word that a node is gone from whoever is older than who began the job (`begun`, at the source) or
+        who said so last. It does not make the job's own epoch any newer: whoever was called gone and lives all the same
+        must be heard, and told how things stand."""
+        begun = max(begun, self._epochs.get(f"job:{job_id}", 0))
+        self._check_epoch(f"gone:{job_id}", epoch, begun)
+
+    def _check_epoch(self, what: str, epoch: int, least: int) -> None:
+        seen = max(least, self._epochs.get(what, 0))
         if epoch < seen:
             raise Final(
                 "stale_epoch", f"command with epoch {epoch} for {what} is older than {seen}: another operator rules"
             )
-        if epoch > seen:
+        if epoch > self._epochs.get(what, 0):
             self._epochs[what] = epoch
             self._save_epochs()
 

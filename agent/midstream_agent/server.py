@@ -105,11 +105,12 @@ class AgentService(NoticesMixin, rpc.AgentServicer):
     async def DeclareGone(self, request: pb.DeclareGoneRequest, context: Any) -> pb.DeclareGoneReply:
         await self._admit(context)
         reply = pb.DeclareGoneReply()
+        said = (request.job_id, request.node, request.evidence, request.epoch)
         try:
             if request.job_id in self._jobs.records:
-                self._jobs.declare_gone(request.job_id, request.node, request.evidence)
+                self._jobs.declare_gone(*said)
             else:
-                reply = await takeover.take_over(self._targets, request.job_id, request.node, request.evidence)
+                reply = await takeover.take_over(self._targets, *said)
         except (MidstreamError, OSError) as e:
             await _refuse(context, e)
         return reply

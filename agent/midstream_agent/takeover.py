@@ -28,7 +28,7 @@ class Count:
     why: str = ""
 
 
-async def take_over(jobs: TargetJobs, job_id: str, node: str, evidence: str) -> pb.DeclareGoneReply:
+async def take_over(jobs: TargetJobs, job_id: str, node: str, evidence: str, epoch: int) -> pb.DeclareGoneReply:
     """Idempotent: an operator that has not heard the answer asks again."""
     logs.JOB.set(job_id)
     first = jobs.jobs.get(job_id)
@@ -36,6 +36,7 @@ async def take_over(jobs: TargetJobs, job_id: str, node: str, evidence: str) -> 
         raise Final("unknown_job", f"this agent has nothing of job {job_id}")
     if first.source_node != node:
         raise Final("peer_identity", f"job {job_id} belongs to node {first.source_node}, not to {node}")
+    jobs.check_gone_epoch(first, epoch)
     log.warning("job %s: the source's node %s is gone (%s): its streams are taken over", job_id, node, evidence)
     count = Count(first.further)
     batches = [job for name, job in jobs.jobs.items() if name.startswith(f"{job_id}~")]

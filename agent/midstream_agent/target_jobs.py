@@ -54,7 +54,11 @@ class TargetJobs:
     def forget(self, job: TargetJob) -> None:
         """Nobody will ask for it again."""
         self.jobs.pop(job.job_id, None)
-        self._node.forget_epoch(f"job:{job.job_id}")
+        for what in ("job", "gone"):
+            self._node.forget_epoch(f"{what}:{job.job_id}")
+
+    def check_gone_epoch(self, job: TargetJob, epoch: int) -> None:
+        self._node.check_gone_epoch(job.job_id, epoch)
 
     def parent_of(self, job_id: str, batch: TargetJob) -> TargetJob:
         """The job whose further batch this is: live here, of the same source."""

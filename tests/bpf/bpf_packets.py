@@ -127,11 +127,12 @@ def reply_to(p: Packet, seq: int, ack: int, tsval: int | None, **changes: object
     ).but(**changes)  # fmt: skip
 
 
-def sk_buff(mark: int = 0, gso_size: int = 0, gso_segs: int = 0, ifindex: int = 0) -> bytes:
+def sk_buff(mark: int = 0, gso_size: int = 0, gso_segs: int = 0, ifindex: int = 0, tstamp: int = 0) -> bytes:
     """struct __sk_buff with the fields that BPF_PROG_TEST_RUN accepts."""
     ctx = bytearray(192)
     struct.pack_into("=I", ctx, 8, mark)
     struct.pack_into("=I", ctx, 40, ifindex)
+    struct.pack_into("=Q", ctx, 152, tstamp)
     struct.pack_into("=I", ctx, 164, gso_segs)
     struct.pack_into("=I", ctx, 176, gso_size)
     return bytes(ctx)

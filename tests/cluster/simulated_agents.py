@@ -173,6 +173,10 @@ class SimulatedAgent(rpc.AgentServicer):
     async def DeclareGone(self, request: pb.DeclareGoneRequest, context: Any) -> pb.DeclareGoneReply:
         await self._admit(context, "DeclareGone", request)
         record = self.records.get(request.job_id)
+        try:
+            self._check_gone_epoch(request)
+        except Refused as e:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(e))
         if record is None and (reply := self._take_over(request)) is not None:
             return reply
         if record is None or record.request.target_node.name != request.node:
@@ -243,6 +247,13 @@ class SimulatedAgent(rpc.AgentServicer):
         if epoch < seen:
             raise Refused("stale_epoch", f"command with epoch {epoch} for {what} is older than {seen}")
         self.epochs[what] = epoch
+
+    def _check_gone_epoch(self, request: pb.DeclareGoneRequest) -> None:
+        """Newer than whoever began the job, at either end, and than the last such word."""
+        what = f"gone:{request.job_id}"
+        records = (agent.records.get(request.job_id) for agent in self.town.agents.values())
+        self.epochs[what] = max(self.epochs.get(what, 0), *(r.request.epoch for r in records if r is not None), 0)
+        self._check_epoch(what, request.epoch)
 
     def _check_pod(self, uid: str) -> None:
         if uid not in self.pods:

@@ -21,7 +21,8 @@ STRUCTS = {
         "version flags seq ack window tsval tsecr data_seq data_len absorbed answered rst_seq data",
     ),
     "ms_addr_key": (layout.ADDR_KEY, "addr"),
-    "ms_addr_ctl": (layout.ADDR_CTL, "state flags epoch vni peer pod_ifindex pod_mac pad"),
+    "ms_addr_ctl": (layout.ADDR_CTL, "state flags epoch vni peer pod_ifindex pod_mac seen pad"),
+    "ms_copies": (layout.COPIES, "flow end last_ns full_ns"),
     "ms_conf": (layout.CONF, "nic_ifindex tunnel_ifindex probe_port nic_mac gateway_mac_v4 gateway_mac_v6 pad"),
 }
 CONSTANTS = {
@@ -52,6 +53,10 @@ CONSTANTS = {
     "MS_NOTE_DATA_MAX": layout.NOTE_DATA_MAX,
     "MS_MARK_ANSWER": layout.MARK_ANSWER,
     "MS_COUNTERS_MAX": layout.COUNTERS_MAX,
+    "MS_COPIES_MAX": layout.COPIES_MAX,
+    "MS_COPY_BURST": layout.COPY_BURST,
+    "MS_COPY_NS_BYTE": layout.COPY_NS_BYTE,
+    "MS_COPY_PAUSE_NS": layout.COPY_PAUSE_NS,
     "MS_R_MAX": len(layout.REASONS),
 }
 
@@ -106,6 +111,7 @@ def test_maps_are_made_of_these_structs() -> None:
         "ms_notes": (layout.KEY.size, layout.NOTE.size),
         "ms_addrs": (layout.ADDR_KEY.size, layout.ADDR_CTL.size),
         "ms_births": (layout.KEY.size, layout.BIRTH.size),
+        "ms_copies": (4, layout.COPIES.size),
         "ms_conf": (4, layout.CONF.size),
         "ms_counters": (4, 8),
     }

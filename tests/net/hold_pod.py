@@ -11,6 +11,7 @@ The client sends JSON lines:
     {"do": "token"}                 whenever the connection has become live after a pause, one b"T" is written
     {"do": "tokens", "bytes": N}    N bytes of `stream` every few milliseconds, as an LLM's answer comes, until "stop"
     {"do": "keep"}                  when the client has finished sending, the server goes on until it has been moved
+    {"do": "stay"}                  this stream does not move: it ends where it is
     {"do": "stop"}                  no more of them, and the server's FIN
     {"do": "close", "bytes": N}     N bytes of `stream`, then the server's FIN
 
@@ -60,6 +61,7 @@ class Player:
         self.token = False
         self.token_bytes = 0
         self.keep = False
+        self.stays = False
         self.closing = False
 
     SAVED = ("put_left", "crc", "sink", "get_left", "offset", "token", "token_bytes", "keep", "closing")
@@ -75,7 +77,7 @@ class Player:
             setattr(self, name, value)
 
     def movable(self) -> Movable:
-        return Movable()
+        return Movable(not self.stays, "WantsToStay" if self.stays else "")
 
     def received(self, data: bytes) -> None:
         self.buffer += data
@@ -106,6 +108,8 @@ class Player:
                 self.token = True
             case "keep":
                 self.keep = True
+            case "stay":
+                self.stays = True
             case "tokens":
                 self.token_bytes = int(line["bytes"])
                 self.tick()

@@ -351,16 +351,16 @@ UNSEEN = {"SHIP", "ADDRESS_MOVED", "COMMIT_AGAIN", "DISCARD_AGAIN", "FORGET", "S
           "TARGET_POD_GONE"}  # fmt: skip
 
 DECLARE_GONE = """
-import asyncio, sys
+import asyncio, sys, time
 from pathlib import Path
 from google.protobuf.json_format import MessageToJson
 from midstream_agent.contract import agent_pb2 as pb, agent_pb2_grpc as rpc
 from midstream_cli.inventory import Inventory
 from midstream_cli.main import connect
 
-async def main(inventory, node, job, gone):
+async def main(inventory, node, job, gone, epoch=time.time_ns() // 1_000_000):  # as the CLI
     async with connect(Inventory.load(Path(inventory)), node) as channel:
-        request = pb.DeclareGoneRequest(job_id=job, node=gone, evidence="test:deleted")
+        request = pb.DeclareGoneRequest(job_id=job, node=gone, evidence="test:deleted", epoch=int(epoch))
         print(MessageToJson(await rpc.AgentStub(channel).DeclareGone(request), indent=None))
 
 asyncio.run(main(*sys.argv[1:]))

@@ -31,9 +31,9 @@ def world(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[World]:
         yield World.build(vpc, fleet, "--batch-streams", str(BATCH), "--parallel-batches", "1")
 
 
-def declare_gone(world: World, job: str, gone: str, to: str) -> dict[str, Any]:
-    """What the operator says once the cloud has told it."""
-    argv = [sys.executable, "-c", DECLARE_GONE, str(world.fleet.inventory), to, job, gone]
+def declare_gone(world: World, job: str, gone: str, to: str, *epoch: str) -> dict[str, Any]:
+    """What the operator says once the cloud has told it; `epoch`: instead of one of right now."""
+    argv = [sys.executable, "-c", DECLARE_GONE, str(world.fleet.inventory), to, job, gone, *epoch]
     done = world.fleet.operator.run(argv, env=world.fleet.env(), check=False)
     if done.returncode:
         return {"error": done.stderr}
@@ -68,11 +68,14 @@ def finish(clients: list[Any]) -> tuple[int, list[str]]:
 @pytest.mark.parametrize("where", ["source.BATCHES.do.after", "source.FOLLOW.do.before"])
 def test_streams_that_had_moved_go_on_when_their_address_had_not(world: World, where: str) -> None:
     job, clients = die_at(world, where)
+    earlier = str(time.time_ns() // 1_000_000)
     said = declare_gone(world, job, "node-a", "node-b")
     assert said["streams"] == 2 * CLIENTS, said
     assert finish(clients) == (2 * CLIENTS, [])
     assert held(world) == 0
     assert declare_gone(world, job, "node-a", "node-b") == said  # the operator did not hear the answer
+    # after the job began, and before the last word of this kind
+    assert "stale_epoch" in declare_gone(world, job, "node-a", "node-b", earlier)["error"]
 
 
 @pytest.mark.parametrize("world", ["wait", "steer"], indirect=True)
@@ -85,6 +88,10 @@ def test_whole_checkpoints_go_live_when_their_source_is_gone_and_not_before(worl
     assert whole == world.established(V4) + world.established(V6) > 0
     said = declare_gone(world, job, "node-b", "node-b")
     assert "peer_identity" in said["error"]
+    for stale in ("0", "1"):  # older than the command that began the job
+        said = declare_gone(world, job, "node-a", "node-b", stale)
+        assert "stale_epoch" in said["error"]
+    assert held(world) == whole
     said = declare_gone(world, job, "node-a", "node-b")
     assert said["streams"] == whole, said
     assert held(world) == 0

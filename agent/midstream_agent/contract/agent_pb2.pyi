@@ -729,6 +729,7 @@ class DeclareGoneRequest(_message.Message):
     evidence: _builtins.str
     """e.g. "ec2:terminated"; kept in the journal"""
     epoch: _builtins.int
+    """refused when older than the job's own, or than the last such word"""
     def __init__(
         self,
         *,
