@@ -45,17 +45,17 @@ class Agents:
         await asyncio.gather(*(channel.close(None) for _, channel in self._channels.values()))
         self._channels.clear()
 
-    async def _stub(self, node: str) -> rpc.AgentAsyncStub:
+    async def _stub(self, node: str) -> tuple[rpc.AgentAsyncStub, aio.Channel]:
         agent = self.view.agent(node)
         if agent is None:
             raise Retryable("no_agent", f"no agent on node {node}: does the DaemonSet cover it?")
         known = self._channels.get(node)
         if known is None or known[0] != agent.endpoint:
-            if known is not None:
-                await known[1].close(None)
-            known = agent.endpoint, self._open(node, agent.endpoint)
-            self._channels[node] = known
-        return rpc.AgentStub(known[1])
+            old, known = known, (agent.endpoint, self._open(node, agent.endpoint))
+            self._channels[node] = known  # before anything is awaited: two calls would open one each
+            if old is not None:
+                await old[1].close(None)
+        return rpc.AgentStub(known[1]), known[1]
 
     def _open(self, node: str, endpoint: str) -> aio.Channel:
         tls = self.settings.tls
@@ -68,10 +68,12 @@ class Agents:
         options = [*_OPTIONS, ("grpc.ssl_target_name_override", node)]
         return aio.secure_channel(endpoint, grpc.ssl_channel_credentials(*files), options)
 
-    async def _forget(self, node: str) -> None:
-        """Certificates may have been renewed on either side: the next call opens a channel anew."""
-        known = self._channels.pop(node, None)
-        if known is not None:
+    async def _forget(self, node: str, channel: aio.Channel | None) -> None:
+        """Certificates may have been renewed on either side: the next call opens a channel anew. One that another call
+        has opened meanwhile is left alone, with the calls that it carries."""
+        known = self._channels.get(node)
+        if known is not None and known[1] is channel:
+            del self._channels[node]
             await known[1].close(None)
 
     # -- calls -----------------------------------------------------------------------------------------
@@ -83,10 +85,12 @@ class Agents:
         Calls to a node share its channel. The one that finds it broken closes it, and the others are cancelled by
         that: to them it is an agent that does not answer, and not the end of their own task.
         """
+        channel = None
         try:
-            yield await self._stub(node)
+            stub, channel = await self._stub(node)
+            yield stub
         except aio.AioRpcError as e:
-            raise await self._said(node, e) from e
+            raise await self._said(node, channel, e) from e
         except asyncio.CancelledError as e:
             task = asyncio.current_task()
             if task is None or task.cancelling():
@@ -171,7 +175,7 @@ class Agents:
             text = f"the agent on {node} tells no notices: it is older than this operator"
             raise Final("agent_tells_no_notices", text) from e
 
-    async def _said(self, node: str, e: aio.AioRpcError) -> Final | Retryable:
+    async def _said(self, node: str, channel: aio.Channel | None, e: aio.AioRpcError) -> Final | Retryable:
         """The agent's own words, or that it does not answer."""
         details = e.details() or ""
         found = _CODE.match(details)
@@ -179,6 +183,6 @@ class Agents:
             return Final(found[1], found[2])
         if e.code() is grpc.StatusCode.UNAVAILABLE and found and found[1].islower() and "_" in found[1]:
             return Retryable(found[1], found[2])
-        await self._forget(node)
+        await self._forget(node, channel)
         text = f"the agent on {node} does not answer ({e.code().name}: {details[:200]})"
         return Retryable("agent_unreachable", text)

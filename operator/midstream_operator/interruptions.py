@@ -70,12 +70,22 @@ class Interruptions:
         self.ctx.metrics.notices.labels(notice.kind.value, notice.source).inc()
         if self.lifecycle is not None and notice.kind is NoticeKind.LIFECYCLE:
             self.lifecycle.hold(notice)
+        notice = self._dated(notice)
         await self._look(notice)
         if notice.id not in self.standing:
             log.warning("%s of %s by %s, deadline %s", notice.kind, notice.node, notice.source, notice.deadline)
             self.standing[notice.id] = notice, now()
         elif notice.deadline is not None and self.standing[notice.id][0].deadline is None:
             self.standing[notice.id] = notice, self.standing[notice.id][1]  # this source knows until when
+
+    def _dated(self, notice: Notice) -> Notice:
+        """A taint says neither since when nor until when: what is known of this notice, or the instant it was heard."""
+        if notice.deadline is not None or notice.issued_at is not None:
+            return notice
+        known = self.standing.get(notice.id)
+        if known is None:
+            return replace(notice, issued_at=now())
+        return replace(notice, issued_at=known[0].issued_at or known[1], deadline=known[0].deadline)
 
     async def run(self) -> None:
         """While this replica leads."""

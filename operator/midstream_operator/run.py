@@ -26,6 +26,7 @@ from midstream_operator.kube import KubeError, core, ours, until_done
 from midstream_operator.model import (
     ANNOTATION_COMMIT,
     JOBS,
+    LABEL_NOTICE,
     LABEL_POD,
     LABEL_POD_UID,
     LABEL_WORKLOAD,
@@ -273,15 +274,37 @@ class Run:
         return waited
 
     async def _choose(self, source: Pod) -> Choice:
-        """With a deadline a missing target may still come until then; without one the answer is no."""
-        told = self.ctx.settings.limits.refusals_told
+        """Who asked with a deadline, or did not ask but was given notice, waits for a target that may still come. To
+        a person without one the answer is no, after a look at more than the watches have told."""
+        told, looked = self.ctx.settings.limits.refusals_told, False
+        waits = self.spec.deadline is not None or LABEL_NOTICE in (self.obj["metadata"].get("labels") or {})
         while True:
             try:
                 return pick(source, self.spec.target, self.jobs.scene(self, source), told)
-            except Retryable as e:
-                if self.spec.deadline is None:
+            except OperatorError as e:
+                if looked and not (isinstance(e, Retryable) and waits):
                     raise Final(e.code, e.message) from e
-                await self._waiting(e.message)
+                if looked:
+                    await self._waiting(e.message)
+                    self._check_source(source, e.message)
+                    continue
+                looked = True
+                await self._look_at_pods(source.namespace)
+
+    async def _look_at_pods(self, namespace: str) -> None:
+        """A job and its target that are made in one breath come on two watches, and either may be behind."""
+        selector = [("labelSelector", f"{self.ctx.settings.enabled_label}=true")]
+        try:
+            found = await self.ctx.kube.request("GET", core("pods", namespace), query=selector)
+        except KubeError as e:
+            log.warning("job %s: looking for a target: %s", self.name, e)
+            return
+        for obj in found["items"]:
+            self.ctx.view.put_pod(Pod.of(obj))
+
+    def _check_source(self, source: Pod, waited: str) -> None:
+        if source.uid not in self.ctx.view.pods:
+            raise Final("unknown_pod", f"{source.name} has gone while its job waited: {waited}")
 
     async def _waiting(self, why: str) -> None:
         if self.draft.status.get("message") != why:
