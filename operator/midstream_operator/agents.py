@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -17,7 +17,7 @@ from grpc import aio
 from midstream_agent.contract import agent_pb2 as pb
 from midstream_agent.contract import agent_pb2_grpc as rpc
 
-from midstream_operator.errors import Final, Retryable
+from midstream_operator.errors import Final, OperatorError, Retryable
 from midstream_operator.settings import Settings
 from midstream_operator.view import View
 
@@ -121,6 +121,25 @@ class Agents:
                     text = f"the agent on {node} did not tell within {timeout_s:g} s"
                     raise Retryable("agent_unreachable", text) from e
                 raise
+
+    async def warm(self, node: str, request: pb.WarmRequest) -> pb.WarmReply:
+        """KV goes ahead to where the pod may move; as long as it takes. The agent stops when this is cancelled."""
+        async with self._asking(node) as stub:
+            try:
+                return await stub.Warm(request)
+            except aio.AioRpcError as e:
+                if e.code() is grpc.StatusCode.UNIMPLEMENTED:
+                    raise Final("agent_warms_nothing", f"the agent on {node} is older than this operator") from e
+                raise
+
+    async def sees(self, node: str, addresses: Sequence[str]) -> bool | None:
+        """Whether the node's own metadata has these addresses on its interface; None: it says nothing."""
+        try:
+            async with self._asking(node) as stub:
+                reply = await stub.Metadata(pb.MetadataRequest(), timeout=self.settings.timeouts.agent_reply_s)
+        except OperatorError:  # also an agent of an older version
+            return None
+        return None if reply.absent else set(addresses) <= set(reply.addresses)
 
     async def attach(self, node: str, request: pb.AttachAddressRequest) -> None:
         async with self._asking(node) as stub:

@@ -320,14 +320,18 @@ class FloatingIPs:
         await self._confirmed(provider, [address], place)
         await self._ready(obj, address, place)
 
-    async def _confirmed(self, provider: AddressProvider, addresses: Sequence[str], place: Place) -> None:
+    async def _confirmed(
+        self, provider: AddressProvider, addresses: Sequence[str], place: Place, proved: bool = False
+    ) -> None:
         timeouts = self._ctx.settings.timeouts
         end = time.monotonic() + timeouts.address_confirm_s
-        while not await provider.confirm(addresses, place):
+        while not await provider.confirm(addresses, place, proved=proved):
             if time.monotonic() > end:
+                why = provider.why_not(addresses)
                 raise Retryable(
                     "address_not_moved",
-                    f"{', '.join(addresses)} did not reach {place.node} within {timeouts.address_confirm_s:g} s",
+                    f"{', '.join(addresses)} did not reach {place.node} within {timeouts.address_confirm_s:g} s"
+                    f"{f': {why}' if why else ''}; it is asked for again",
                 )
             await asyncio.sleep(timeouts.retry_s)
 
@@ -346,11 +350,21 @@ class FloatingIPs:
 
     # -- moved by a job ----------------------------------------------------------------------------------
 
-    async def moved(self, uids: Sequence[str], target: Pod) -> None:
+    async def moved(self, uids: Sequence[str], target: Pod, proved: bool = False) -> None:
         """A job has moved these FloatingIPs' streams to the target, and its agent has the addresses: let the network
-        follow, then status and slice. Raises Retryable until that is so; idempotent."""
+        follow, then status and slice. `proved`: by packets, see AddressProvider.confirm. Raises Retryable until that
+        is so; idempotent."""
         for name, objs in self._by_provider(uids).items():
-            await self._move(self._ctx.providers[name], objs, self._place(target))
+            await self._move(self._ctx.providers[name], objs, self._place(target), proved)
+
+    async def missing(self, uids: Sequence[str], target: Pod) -> str:
+        """Of addresses that were asked for: what does not say yet that they are at the target; empty: all does."""
+        found = []
+        for name, objs in self._by_provider(uids).items():
+            provider, addresses = self._ctx.providers[name], [_status(o)["address"] for o in objs]
+            if not provider.announces and not await provider.confirm(addresses, self._place(target)):
+                found.append(provider.why_not(addresses))
+        return "; ".join(found)
 
     async def ask(self, uids: Sequence[str], target: Pod) -> None:
         """The streams of these FloatingIPs are at the target: have a network that hears no announcement begin to move
@@ -368,11 +382,11 @@ class FloatingIPs:
                 found.setdefault(FipSpec.of(obj).provider, []).append(obj)
         return found
 
-    async def _move(self, provider: AddressProvider, objs: list[Json], place: Place) -> None:
+    async def _move(self, provider: AddressProvider, objs: list[Json], place: Place, proved: bool) -> None:
         addresses = [_status(o)["address"] for o in objs]
         epoch = self._ctx.epoch()
         await provider.assign(addresses, place, epoch)
-        await self._confirmed(provider, addresses, place)
+        await self._confirmed(provider, addresses, place, proved)
         bound = {"node": place.node, "pod": place.pod, "podUID": place.pod_uid, "interface": INTERFACE, "epoch": epoch}
         for obj, address in zip(objs, addresses, strict=True):
             async with self._lock(obj["metadata"]["uid"]):

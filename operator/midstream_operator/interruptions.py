@@ -33,6 +33,7 @@ from midstream_operator.kube import KubeError, core, ours, until_done
 from midstream_operator.model import (
     ANNOTATION_CALLED_BACK,
     ANNOTATION_COMMIT,
+    ANNOTATION_DEADLINE,
     JOBS,
     Json,
     KvMode,
@@ -131,8 +132,11 @@ class Interruptions:
                 await self._taint(step)
             case Create():
                 await self._create(notice, step)
-            case Commit(job):
-                body = {"metadata": {"annotations": {ANNOTATION_COMMIT: "true"}}}
+            case Commit(job, deadline):
+                said: Json = {ANNOTATION_COMMIT: "true"}
+                if deadline is not None:
+                    said[ANNOTATION_DEADLINE] = format_time(deadline)
+                body = {"metadata": {"annotations": said}}
                 await self._until_done(lambda: self.ctx.kube.patch(ours(JOBS, job.namespace, job.name), body))
             case Abort(job, why):
                 log.warning("job %s is called back: %s", job.name, why)

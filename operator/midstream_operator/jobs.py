@@ -39,6 +39,7 @@ class Slot:
     node: str
     reason: Reason
     target: str = ""  # node; empty: not chosen yet
+    stands_by: bool = False  # prepared for a move that may never come: no limit counts it
 
 
 @dataclass(slots=True)
@@ -155,6 +156,16 @@ class Jobs:
         """The next choice of a target takes it into account."""
         self.slots[run.uid].target = node
 
+    def stands_by(self, run: Run, yes: bool) -> None:
+        """For hours perhaps, in which nobody shall wait for it."""
+        self.slots[run.uid].stands_by = yes
+        self._wake_pending()
+
+    def unfit(self, run: Run, source: Pod) -> str:
+        """Why the target that was chosen cannot take over any more; empty: it can."""
+        target = self.ctx.view.pods.get(run.target_uid)
+        return refusal(source, target, self.scene(run, source)) if target is not None else "has gone"
+
     def _leave(self, uid: str) -> None:
         slot = self.slots.pop(uid, None)
         if slot is not None and all(s.pod_uid != slot.pod_uid for s in self.slots.values()):
@@ -166,9 +177,10 @@ class Jobs:
         limits = self.ctx.settings.limits
         if any(s.pod_uid == source.uid for u, s in self.slots.items() if u != run.uid):
             return "another job moves its streams, this one waits for its end"
-        if len(self.runs) > limits.jobs and self._behind(run) >= limits.jobs - len(self.slots):
+        moving = [s for s in self.slots.values() if not s.stands_by]
+        if len(self.runs) > limits.jobs and self._behind(run) >= limits.jobs - len(moving):
             return f"{limits.jobs} migrations run in the cluster, its limit"
-        here = sum(s.node == source.node for s in self.slots.values())
+        here = sum(s.node == source.node for s in moving)
         if self._behind(run, source.node) >= limits.jobs_per_node - here:
             return f"{limits.jobs_per_node} migrations leave node {source.node}, its limit"
         return ""
@@ -199,9 +211,9 @@ class Jobs:
 
     async def reckon(self, run: Run, source: Pod, target: Pod) -> planning.Reckoning:
         switchover = PlanSwitchover.WAIT if run.spec.switchover is Switchover.WAIT else PlanSwitchover.STEER
-        sharing = max(1, sum(s.node == source.node for s in self.slots.values()))
+        sharing = max(1, sum(s.node == source.node and not s.stands_by for s in self.slots.values()))
         by_api = self._by_api([source])
-        return await planning.for_job(self.ctx, source, target, run.spec.deadline, switchover, by_api, sharing)
+        return await planning.for_job(self.ctx, source, target, run.deadline, switchover, by_api, sharing)
 
     def node_facts(self, node: str) -> planning.NodeFacts:
         """For a plan of a node that nobody has given notice of."""

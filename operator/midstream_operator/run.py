@@ -14,17 +14,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from midstream_agent.contract import agent_pb2 as pb
 
+from midstream_operator import standby
 from midstream_operator.context import Context
 from midstream_operator.errors import Final, OperatorError, Retryable
 from midstream_operator.events import pod_reference, reference
 from midstream_operator.kube import KubeError, core, ours, until_done
 from midstream_operator.model import (
     ANNOTATION_COMMIT,
+    ANNOTATION_DEADLINE,
     JOBS,
     LABEL_NOTICE,
     LABEL_POD,
@@ -58,6 +60,7 @@ SWITCHOVERS = {
 }
 _MOVE_ADDRESS = "MOVE_ADDRESS"  # a step of Wait alone: the agents go on when packets take the new path
 _AFTER_LAST_BATCH = ("FOLLOW", "RELEASE")  # steps of the agents' saga
+_PROVES = ("FOLLOW", _MOVE_ADDRESS)  # they end when packets take the new path both ways
 _OURS = ("tls_files", "not_operator")  # this side's own trouble, which says nothing about the job
 KV_MODES = {KvMode.AUTO: pb.KV_MODE_AUTO, KvMode.COPY: pb.KV_MODE_COPY, KvMode.REPLAY: pb.KV_MODE_REPLAY}
 
@@ -84,8 +87,10 @@ class Run:
     _dirty: asyncio.Event = field(default_factory=asyncio.Event)
     _phase_changed: asyncio.Event = field(default_factory=asyncio.Event)
     _write_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _proved: bool = False  # the agents have seen packets take the new path
     _all_moved: bool = False  # no stream that could move is left at the source
     _replay: bool = False  # the plan gives all KV up: no time is spent on copying it
+    _plan: str = ""  # where to, and why there; the planner's words follow it
     _fresh: bool = False  # this process has planned the job and no agent has been asked yet
 
     def __post_init__(self) -> None:
@@ -132,14 +137,35 @@ class Run:
         return str((self.draft.status.get("source") or {}).get("nodeName", ""))
 
     @property
+    def target_uid(self) -> str:
+        return str((self.draft.status.get("target") or {}).get("podUID", ""))
+
+    @property
     def target_node(self) -> str:
         return str((self.draft.status.get("target") or {}).get("nodeName", ""))
 
     @property
     def rank(self) -> tuple[float, datetime, str]:
         """Who goes first when not all can: the nearest deadline, then the oldest."""
-        deadline = self.spec.deadline
+        deadline = self.deadline
         return deadline.timestamp() if deadline else float("inf"), self.created, self.name
+
+    @property
+    def told(self) -> bool:
+        """Of a rebalance's job: it waits no longer."""
+        return (self.obj["metadata"].get("annotations") or {}).get(ANNOTATION_COMMIT) == "true"
+
+    @property
+    def deadline(self) -> datetime | None:
+        """The spec's, or what the interruption said that came after a rebalance. Checked in `_check_stop`."""
+        try:
+            return self.spec.deadline or self._said_later()
+        except ValueError:
+            return None
+
+    def _said_later(self) -> datetime | None:
+        said = (self.obj["metadata"].get("annotations") or {}).get(ANNOTATION_DEADLINE)
+        return parse_time(said).astimezone(UTC) if said else None
 
     def changed(self, obj: Json) -> None:
         self.obj, self.spec = obj, JobSpec.of(obj)
@@ -164,7 +190,7 @@ class Run:
             else:
                 self.jobs.begin(self, self.source_uid, self.source_node)
             if self.spec.reason is Reason.REBALANCE and self.draft.phase is Phase.PREPARING:
-                await self._until_told()
+                await standby.until_told(self)
             tasks.start(f"abort of {self.name}", self._abort_when_asked())
             tasks.start(f"witness of {self.name}", self._declare_gone())
             tasks.start(f"network of {self.name}", self._ask_network())
@@ -188,11 +214,7 @@ class Run:
         if behind and not self.jobs.fips.on_pod(source.uid):
             await self._end(Phase.SUCCEEDED, "nothing_to_move", f"nothing is left on {source.name}: {behind}")
             return False
-        choice = await self._choose(source)
-        self.jobs.goes_to(self, choice.pod.node)
-        addresses = self._addresses(source)
-        self._write_down(source, choice, addresses)
-        await self._reckon(source, choice.pod)
+        await self.aim(source)
         if self.spec.dry_run:
             await self._end(Phase.SUCCEEDED, "dry_run", f"planned only: {self.draft.status['plan']}")
             return False
@@ -204,23 +226,34 @@ class Run:
         await self._label(source)
         return True
 
+    async def aim(self, source: Pod) -> None:
+        """A target, with reasons, into the status."""
+        choice = await self._choose(source)
+        self.jobs.goes_to(self, choice.pod.node)
+        self._write_down(source, choice, self._addresses(source))
+        await self.reckon(source, choice.pod)
+
     def _check_spec(self) -> None:
         self._check_stop()
         if self.spec.on_failure is OnFailure.DROP_STREAMS:
             raise Final("unsupported", "onFailure DropStreams: this version keeps the source; leave it out")
 
     def _check_stop(self) -> None:
-        spec = self.spec
-        if spec.abort or self.deleted:
+        if self.spec.abort or self.deleted:
             raise Aborted
-        if spec.deadline is not None and now() >= spec.deadline:
+        try:
+            self._said_later()
+        except ValueError as e:
+            raise Final("bad_deadline", f"annotation {ANNOTATION_DEADLINE}: {e}; as in 2026-11-25T10:02:00Z") from e
+        deadline = self.deadline
+        if deadline is not None and now() >= deadline:
             waited = f": {self.draft.status['message']}" if self.draft.status.get("message") else ""
-            raise Final("deadline_passed", f"the deadline {spec.deadline:%H:%M:%S} passed before the job began{waited}")
+            raise Final("deadline_passed", f"the deadline {deadline:%H:%M:%S} passed before the job began{waited}")
 
-    async def _pause(self, seconds: float) -> None:
+    async def pause(self, seconds: float) -> None:
         """Wait for news, no longer than this; then abort and deadline are looked at."""
-        if self.spec.deadline is not None:
-            seconds = max(0.0, min(seconds, (self.spec.deadline - now()).total_seconds()))
+        if self.deadline is not None:
+            seconds = max(0.0, min(seconds, (self.deadline - now()).total_seconds()))
         try:
             async with asyncio.timeout(seconds):
                 await self.news.wait()
@@ -261,7 +294,7 @@ class Run:
     async def _late(self, name: str) -> Pod:
         """The API server has it with its label; the watch is a moment behind."""
         while (pod := self.ctx.view.pod(self.namespace, name)) is None:
-            await self._pause(self.ctx.settings.timeouts.retry_s)
+            await self.pause(self.ctx.settings.timeouts.retry_s)
         return pod
 
     async def _turn(self, source: Pod) -> str:
@@ -277,7 +310,7 @@ class Run:
         """Who asked with a deadline, or did not ask but was given notice, waits for a target that may still come. To
         a person without one the answer is no, after a look at more than the watches have told."""
         told, looked = self.ctx.settings.limits.refusals_told, False
-        waits = self.spec.deadline is not None or LABEL_NOTICE in (self.obj["metadata"].get("labels") or {})
+        waits = self.deadline is not None or LABEL_NOTICE in (self.obj["metadata"].get("labels") or {})
         while True:
             try:
                 return pick(source, self.spec.target, self.jobs.scene(self, source), told)
@@ -311,7 +344,7 @@ class Run:
             self.draft.say(why)
             await self.write()
             self._note("Waiting", why)
-        await self._pause(self.ctx.settings.timeouts.resync_s)
+        await self.pause(self.ctx.settings.timeouts.resync_s)
 
     def _addresses(self, source: Pod) -> list[str]:
         return sorted(str(f["status"]["address"]) for f in self.jobs.fips.on_pod(source.uid))
@@ -328,16 +361,16 @@ class Run:
             f"; refused: {explain(choice.refused, self.ctx.settings.limits.refusals_told)}" if choice.refused else ""
         )
         plan = f"{moved} to {target.name} on {target.node}, {choice.why}{refused}"
-        status["plan"] = plan[: self.ctx.settings.limits.message_chars]
+        self._plan = status["plan"] = plan[: self.ctx.settings.limits.message_chars]
         self.draft.say(f"from {source.node} to {target.node}")
 
-    async def _reckon(self, source: Pod, target: Pod) -> None:
+    async def reckon(self, source: Pod, target: Pod) -> None:
         """What the planner makes of what both agents tell. The target is written down already: who goes meanwhile
         calls this job back."""
         made = await self.jobs.reckon(self, source, target)
         self._replay = made.replay
-        status = self.draft.status
-        status["plan"] = f"{status['plan']}. {made.words}"[: self.ctx.settings.limits.message_chars]
+        plan = self._plan or f"to {target.name} on {target.node}"
+        self.draft.status["plan"] = f"{plan}. {made.words}"[: self.ctx.settings.limits.message_chars]
         self._check_stop()
 
     async def _label(self, source: Pod) -> None:
@@ -352,13 +385,11 @@ class Run:
         body = {"metadata": {"labels": labels}}
         await self._persist(ours(JOBS, self.namespace, self.name), body)
 
-    async def _until_told(self) -> None:
-        """A rebalance recommendation is no interruption: the target is reserved, streams stay where they are."""
-        text = f"prepared; moves when annotated {ANNOTATION_COMMIT}=true, or when the node is interrupted"
-        self.draft.say(text)
-        await self.write()
-        while (self.obj["metadata"].get("annotations") or {}).get(ANNOTATION_COMMIT) != "true":
-            await self._pause(self.ctx.settings.timeouts.resync_s)
+    def say(self, message: str) -> None:
+        """Into the status, soon."""
+        if self.draft.status.get("message") != message:
+            self.draft.say(message)
+            self._dirty.set()
 
     # -- carried out by the source's agent -----------------------------------------------------------------
 
@@ -389,6 +420,20 @@ class Run:
                 await asyncio.sleep(pause_s)
                 pause_s = min(pause_s * 2, self.ctx.settings.timeouts.retry_max_s)
 
+    def warm_request(self) -> pb.WarmRequest:
+        """The same move, as far as it can be undone by forgetting it."""
+        move = self._request()
+        return pb.WarmRequest(
+            job_id=move.job_id,
+            epoch=move.epoch,
+            pod=move.pod,
+            target_pod=move.target_pod,
+            target_node=move.target_node,
+            addresses=move.addresses,
+            kv_mode=move.kv_mode,
+            kv_bytes_per_s=move.kv_bytes_per_s,
+        )
+
     def _request(self) -> pb.MigrateRequest:
         status, spec = self.draft.status, self.spec
         source, target = status["source"], status["target"]
@@ -403,7 +448,7 @@ class Run:
             switchover=SWITCHOVERS[spec.switchover],
             kv_mode=KV_MODES[KvMode.REPLAY if self._replay and spec.kv_mode is KvMode.AUTO else spec.kv_mode],
             kv_bytes_per_s=spec.kv_bytes_per_s,
-            deadline_unix_ms=int(spec.deadline.timestamp() * 1000) if spec.deadline else 0,
+            deadline_unix_ms=int(self.deadline.timestamp() * 1000) if self.deadline else 0,
         )
 
     def _happened(self, event: pb.MigrateEvent) -> None:
@@ -411,6 +456,7 @@ class Run:
         if event.step == _MOVE_ADDRESS and event.what in ("begin", "undo"):
             self._shall_be(at_target=event.what == "begin")
         self._all_moved = self._all_moved or event.step in _AFTER_LAST_BATCH
+        self._proved = self._proved or (event.step in _PROVES and event.what == "done")
         if self.draft.step(event, now()):
             self._phase_changed.set()
             self._entered(before)
@@ -449,7 +495,7 @@ class Run:
         if not heard:
             if spec.abort or self.deleted:
                 raise Aborted
-            if spec.deadline is not None and now() >= spec.deadline:
+            if self.deadline is not None and now() >= self.deadline:
                 raise Final("deadline_passed", f"the deadline passed before the agent was reached: {e.message}")
             if now() - began > timedelta(seconds=self.ctx.settings.timeouts.agent_patience_s):
                 raise Final(e.code, e.message)
@@ -512,13 +558,13 @@ class Run:
 
     async def _follow_by_network(self) -> None:
         """Until it is so: the tunnel carries the clients meanwhile."""
-        target = self._target_pod()
+        target = self.target_pod()
         fips = self.jobs.fips
         uids = self._fips()
         pause_s = self.ctx.settings.timeouts.retry_s
         while uids:
             try:
-                await fips.moved(uids, target)
+                await fips.moved(uids, target, self._proved)
                 return
             except (Retryable, KubeError) as e:
                 self.draft.say(f"the streams are at {target.node}; the address is to follow: {e}")
@@ -544,12 +590,36 @@ class Run:
             await self._asking.wait()
             self._asking.clear()
             await self._ask_until_answered()
+            await self._see_it_move()
+
+    async def _see_it_move(self) -> None:
+        """A cloud's yes is at times none: it is asked again until its witnesses agree, or until the addresses shall be
+        elsewhere. Beside the agents, who wait for packets and can ask nobody."""
+        timeouts, loop = self.ctx.settings.timeouts, asyncio.get_running_loop()
+        end = loop.time() + timeouts.address_confirm_s
+        while self._at_target and not self._proved:
+            try:
+                if not (why := await self.jobs.fips.missing(self._fips(), self.target_pod())):
+                    return
+            except OperatorError as e:
+                why = str(e)
+            if loop.time() > end:
+                self.say(f"the addresses are asked for at {self.target_node} once more: {why}")
+                self._note("AddressNotMoved", f"after {timeouts.address_confirm_s:g} s: {why}", warning=True)
+                await self._ask_until_answered()
+                end = loop.time() + timeouts.address_confirm_s
+            try:
+                async with asyncio.timeout(timeouts.address_look_s):
+                    await self._asking.wait()
+                return
+            except TimeoutError:
+                pass
 
     async def _ask_until_answered(self) -> None:
         pause_s = self.ctx.settings.timeouts.retry_s
         while True:
             try:
-                await self.jobs.fips.ask(self._fips(), self._target_pod() if self._at_target else self._source_pod())
+                await self.jobs.fips.ask(self._fips(), self.target_pod() if self._at_target else self._source_pod())
                 return
             except OperatorError as e:
                 where = self.target_node if self._at_target else self.source_node
@@ -563,7 +633,7 @@ class Run:
         gone = Pod(self.namespace, self.spec.pod, uid, node, {}, False, None, False, "", "")
         return self.ctx.view.pods.get(uid, gone)
 
-    def _target_pod(self) -> Pod:
+    def target_pod(self) -> Pod:
         """From the view, or from the status when the pod has just gone."""
         target = self.draft.status["target"]
         known = self.ctx.view.pods.get(target["podUID"])

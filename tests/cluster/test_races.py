@@ -110,23 +110,31 @@ def test_a_drain_without_a_deadline_waits_for_a_target_too(world: World, place: 
     assert len(place.jobs()) == 1
 
 
-def test_a_target_that_goes_while_a_rebalance_is_prepared_is_given_up(world: World, place: Place) -> None:
-    """Prepared for b, then b itself is interrupted: the interruption of a must find c."""
+def test_a_rebalance_waits_for_a_target_and_the_interruption_says_how_long(world: World, place: Place) -> None:
+    place.add_pod("llm-0", "a")
+    place.add_fip()
+    world.agents.do("notice", node="a", kind="Rebalance")
+    name = place.one_job()
+    wait_for("the reason", lambda: "no other enabled pod" in place.status(name).get("message", ""))
+    notice(world, "a", left_s=20)
+    wait_for("the deadline", lambda: "midstream.dev/deadline" in place.job(name)["metadata"].get("annotations", {}))
+    status = place.wait_job(name, "Failed")
+    assert status["reason"] == "DeadlinePassed" and "no other enabled pod" in status["message"]
+
+
+def test_a_target_that_goes_while_a_rebalance_is_prepared_is_replaced(world: World, place: Place) -> None:
+    """Prepared for b, then b itself is interrupted: c is prepared, and KV goes there, too."""
     place.serving()
     world.agents.do("notice", node="a", kind="Rebalance")
-    first = place.one_job()
-    place.wait_job(first, "Preparing")
-    notice(world, "b")
-    place.wait_job(first, "Aborted", "RolledBack")
+    name = place.one_job()
+    wait_for("KV at b", lambda: "of KV of 3 streams at b" in place.status(name).get("message", ""))
     place.add_pod("llm-2", "c")
+    notice(world, "b")
+    wait_for("KV at c", lambda: "of KV of 3 streams at c" in place.status(name).get("message", ""))
+    assert place.status(name)["target"]["podName"] == "llm-2"
     notice(world, "a")
-
-    def through() -> bool:
-        return any(j.get("status", {}).get("phase") == "Succeeded" for j in place.jobs())
-
-    wait_for("the streams elsewhere", through)
-    (moved,) = [j for j in place.jobs() if j["status"]["phase"] == "Succeeded"]
-    assert moved["status"]["target"]["podName"] == "llm-2"
+    assert place.wait_job(name, "Succeeded")["target"]["podName"] == "llm-2"
+    assert len(place.jobs()) == 1
 
 
 def test_an_eviction_a_taint_and_the_nodes_deletion_at_once_make_one_job(world: World, place: Place) -> None:
