@@ -33,29 +33,39 @@ _OPTIONS = [
 ]
 
 
+@dataclass(slots=True, eq=False)
+class _Known:
+    """One node's channel; its stub is made once, since that costs as much as a call."""
+
+    endpoint: str
+    channel: aio.Channel
+    stub: rpc.AgentAsyncStub
+
+
 @dataclass(slots=True)
 class Agents:
     """Channels to agents, one a node, opened when first used and anew when the agent's address changes."""
 
     settings: Settings
     view: View
-    _channels: dict[str, tuple[str, aio.Channel]] = field(default_factory=dict)
+    _channels: dict[str, _Known] = field(default_factory=dict)
 
     async def close(self) -> None:
-        await asyncio.gather(*(channel.close(None) for _, channel in self._channels.values()))
+        await asyncio.gather(*(known.channel.close(None) for known in self._channels.values()))
         self._channels.clear()
 
-    async def _stub(self, node: str) -> tuple[rpc.AgentAsyncStub, aio.Channel]:
+    async def _of(self, node: str) -> _Known:
         agent = self.view.agent(node)
         if agent is None:
             raise Retryable("no_agent", f"no agent on node {node}: does the DaemonSet cover it?")
         known = self._channels.get(node)
-        if known is None or known[0] != agent.endpoint:
-            old, known = known, (agent.endpoint, self._open(node, agent.endpoint))
+        if known is None or known.endpoint != agent.endpoint:
+            channel = self._open(node, agent.endpoint)
+            old, known = known, _Known(agent.endpoint, channel, rpc.AgentStub(channel))
             self._channels[node] = known  # before anything is awaited: two calls would open one each
             if old is not None:
-                await old[1].close(None)
-        return rpc.AgentStub(known[1]), known[1]
+                await old.channel.close(None)
+        return known
 
     def _open(self, node: str, endpoint: str) -> aio.Channel:
         tls = self.settings.tls
@@ -68,13 +78,12 @@ class Agents:
         options = [*_OPTIONS, ("grpc.ssl_target_name_override", node)]
         return aio.secure_channel(endpoint, grpc.ssl_channel_credentials(*files), options)
 
-    async def _forget(self, node: str, channel: aio.Channel | None) -> None:
+    async def _forget(self, node: str, broken: _Known | None) -> None:
         """Certificates may have been renewed on either side: the next call opens a channel anew. One that another call
         has opened meanwhile is left alone, with the calls that it carries."""
-        known = self._channels.get(node)
-        if known is not None and known[1] is channel:
+        if broken is not None and self._channels.get(node) is broken:
             del self._channels[node]
-            await known[1].close(None)
+            await broken.channel.close(None)
 
     # -- calls -----------------------------------------------------------------------------------------
 
@@ -85,12 +94,12 @@ class Agents:
         Calls to a node share its channel. The one that finds it broken closes it, and the others are cancelled by
         that: to them it is an agent that does not answer, and not the end of their own task.
         """
-        channel = None
+        known = None
         try:
-            stub, channel = await self._stub(node)
-            yield stub
+            known = await self._of(node)
+            yield known.stub
         except aio.AioRpcError as e:
-            raise await self._said(node, channel, e) from e
+            raise await self._said(node, known, e) from e
         except asyncio.CancelledError as e:
             task = asyncio.current_task()
             if task is None or task.cancelling():
@@ -194,7 +203,7 @@ class Agents:
             text = f"the agent on {node} tells no notices: it is older than this operator"
             raise Final("agent_tells_no_notices", text) from e
 
-    async def _said(self, node: str, channel: aio.Channel | None, e: aio.AioRpcError) -> Final | Retryable:
+    async def _said(self, node: str, known: _Known | None, e: aio.AioRpcError) -> Final | Retryable:
         """The agent's own words, or that it does not answer."""
         details = e.details() or ""
         found = _CODE.match(details)
@@ -202,6 +211,6 @@ class Agents:
             return Final(found[1], found[2])
         if e.code() is grpc.StatusCode.UNAVAILABLE and found and found[1].islower() and "_" in found[1]:
             return Retryable(found[1], found[2])
-        await self._forget(node, channel)
+        await self._forget(node, known)
         text = f"the agent on {node} does not answer ({e.code().name}: {details[:200]})"
         return Retryable("agent_unreachable", text)

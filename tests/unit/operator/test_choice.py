@@ -44,7 +44,7 @@ def run_of(api: ApiServer, **labels: str) -> tuple[Run, Pod]:
     view = View()
     for name in ("a", "b"):
         view.put_node(Node(name, "", "", True, ""))
-        view.agent_pods[name] = Agent(name, "127.0.0.1:1", True, f"agent-{name}")
+        view.put_agent(name, Agent(name, "127.0.0.1:1", True, f"agent-{name}"))
     source = Pod.of(pod("llm-0", "a"))
     view.put_pod(source)
     parts = SimpleNamespace(settings=Settings(), kube=api, view=view)

@@ -230,7 +230,7 @@ class Agents:
         port = server.add_insecure_port(f"127.0.0.1:{port}")
         await server.start()
         self.servers.append(server)
-        self.view.agent_pods[node] = Agent(node, f"127.0.0.1:{port}", True, f"agent-{node}")
+        self.view.put_agent(node, Agent(node, f"127.0.0.1:{port}", True, f"agent-{node}"))
         return port
 
     async def stop(self) -> None:
