@@ -38,9 +38,15 @@ class RebalancePolicy(StrEnum):
     MIGRATE = "Migrate"
 
 
+class Capacity(StrEnum):
+    NONE = "None"  # there is a warm replica, or somebody else sees to it
+    SCALE = "Scale"  # where nobody can take over, the workload is scaled by one until the move is over
+
+
 @dataclass(frozen=True, slots=True)
 class HandlingSettings:
     rebalance: str = "Prepare"  # Ignore, Prepare, Migrate; a pod's annotation midstream.dev/rebalance overrides it
+    capacity: str = "None"  # None, Scale: what a rebalance's job asks for that finds no target
     margin_s: float = 5.0  # before the deadline: clocks differ, and EC2 has been early
     notice_s: float = 120.0  # what EC2 promises, where a source does not say until when
     least_s: float = 10.0  # a deadline that is over, or nearly, becomes this: nothing is lost by trying
@@ -55,6 +61,8 @@ class HandlingSettings:
     def __post_init__(self) -> None:
         if self.rebalance not in set(RebalancePolicy):
             raise Final("bad_config", f"handling.rebalance: {self.rebalance!r} is none of {', '.join(RebalancePolicy)}")
+        if self.capacity not in set(Capacity):
+            raise Final("bad_config", f"handling.capacity: {self.capacity!r} is none of {', '.join(Capacity)}")
 
     @property
     def policy(self) -> RebalancePolicy:

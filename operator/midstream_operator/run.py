@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from midstream_agent.contract import agent_pb2 as pb
 
-from midstream_operator import standby
+from midstream_operator import capacity, standby
 from midstream_operator.context import Context
 from midstream_operator.errors import Final, OperatorError, Retryable
 from midstream_operator.events import pod_reference, reference
@@ -90,6 +90,7 @@ class Run:
     _proved: bool = False  # the agents have seen packets take the new path
     _all_moved: bool = False  # no stream that could move is left at the source
     _replay: bool = False  # the plan gives all KV up: no time is spent on copying it
+    asked_capacity: bool = False  # in this process
     _plan: str = ""  # where to, and why there; the planner's words follow it
     _fresh: bool = False  # this process has planned the job and no agent has been asked yet
 
@@ -318,6 +319,7 @@ class Run:
                 if looked and not (isinstance(e, Retryable) and waits):
                     raise Final(e.code, e.message) from e
                 if looked:
+                    await capacity.ask(self, source)
                     await self._waiting(e.message)
                     self._check_source(source, e.message)
                     continue
@@ -685,6 +687,7 @@ class Run:
 
     async def _end(self, phase: Phase, code: str, message: str) -> None:
         began = self.draft.phase is not Phase.PENDING
+        await capacity.give_back(self, phase)
         self.draft.seen_generation(int(self.obj["metadata"].get("generation", 1)))
         self.draft.end(phase, code, message, now())
         await self.write()
@@ -707,6 +710,10 @@ class Run:
         if stall and self.spec.max_stall_ms is not None and stall > self.spec.max_stall_ms:
             text = f"clients waited up to {stall:g} ms, more than maxStall {self.spec.max_stall_ms:g} ms"
             self._note("StallExceeded", text, warning=True)
+
+    def tell(self, reason: str, message: str, warning: bool = False) -> None:
+        """An Event, for what is done beside the job."""
+        self._note(reason, message, warning)
 
     def _note(self, reason: str, message: str, warning: bool = False) -> None:
         log.log(logging.WARNING if warning else logging.INFO, "%s: %s", reason, message, extra={"job": self.uid})
