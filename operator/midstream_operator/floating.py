@@ -321,7 +321,7 @@ class FloatingIPs:
         await self._ready(obj, address, place)
 
     async def _confirmed(
-        self, provider: AddressProvider, addresses: Sequence[str], place: Place, proved: bool = False
+        self, provider: AddressProvider, addresses: Sequence[str], place: Place, proved: bool | None = None
     ) -> None:
         timeouts = self._ctx.settings.timeouts
         end = time.monotonic() + timeouts.address_confirm_s
@@ -350,19 +350,20 @@ class FloatingIPs:
 
     # -- moved by a job ----------------------------------------------------------------------------------
 
-    async def moved(self, uids: Sequence[str], target: Pod, proved: bool = False) -> None:
+    async def moved(self, uids: Sequence[str], target: Pod, proved: bool | None = None) -> None:
         """A job has moved these FloatingIPs' streams to the target, and its agent has the addresses: let the network
         follow, then status and slice. `proved`: by packets, see AddressProvider.confirm. Raises Retryable until that
         is so; idempotent."""
         for name, objs in self._by_provider(uids).items():
             await self._move(self._ctx.providers[name], objs, self._place(target), proved)
 
-    async def missing(self, uids: Sequence[str], target: Pod) -> str:
-        """Of addresses that were asked for: what does not say yet that they are at the target; empty: all does."""
+    async def missing(self, uids: Sequence[str], target: Pod, proved: bool | None) -> str:
+        """Of addresses that were asked for: what does not say yet that they are at the target; empty: all does. What it
+        names is asked for once more by the next `ask`."""
         found = []
         for name, objs in self._by_provider(uids).items():
             provider, addresses = self._ctx.providers[name], [_status(o)["address"] for o in objs]
-            if not provider.announces and not await provider.confirm(addresses, self._place(target)):
+            if not provider.announces and not await provider.confirm(addresses, self._place(target), proved=proved):
                 found.append(provider.why_not(addresses))
         return "; ".join(found)
 
@@ -382,7 +383,7 @@ class FloatingIPs:
                 found.setdefault(FipSpec.of(obj).provider, []).append(obj)
         return found
 
-    async def _move(self, provider: AddressProvider, objs: list[Json], place: Place, proved: bool) -> None:
+    async def _move(self, provider: AddressProvider, objs: list[Json], place: Place, proved: bool | None) -> None:
         addresses = [_status(o)["address"] for o in objs]
         epoch = self._ctx.epoch()
         await provider.assign(addresses, place, epoch)

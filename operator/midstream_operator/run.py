@@ -88,6 +88,7 @@ class Run:
     _phase_changed: asyncio.Event = field(default_factory=asyncio.Event)
     _write_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     _proved: bool = False  # the agents have seen packets take the new path
+    _proving_since: float = float("inf")  # by the loop's clock
     _all_moved: bool = False  # no stream that could move is left at the source
     _replay: bool = False  # the plan gives all KV up: no time is spent on copying it
     asked_capacity: bool = False  # in this process
@@ -458,6 +459,8 @@ class Run:
         if event.step == _MOVE_ADDRESS and event.what in ("begin", "undo"):
             self._shall_be(at_target=event.what == "begin")
         self._all_moved = self._all_moved or event.step in _AFTER_LAST_BATCH
+        if event.step in _PROVES and event.what == "begin":
+            self._proving_since = asyncio.get_running_loop().time()
         self._proved = self._proved or (event.step in _PROVES and event.what == "done")
         if self.draft.step(event, now()):
             self._phase_changed.set()
@@ -566,7 +569,7 @@ class Run:
         pause_s = self.ctx.settings.timeouts.retry_s
         while uids:
             try:
-                await fips.moved(uids, target, self._proved)
+                await fips.moved(uids, target, self._proved or None)
                 return
             except (Retryable, KubeError) as e:
                 self.draft.say(f"the streams are at {target.node}; the address is to follow: {e}")
@@ -595,27 +598,33 @@ class Run:
             await self._see_it_move()
 
     async def _see_it_move(self) -> None:
-        """A cloud's yes is at times none: it is asked again until its witnesses agree, or until the addresses shall be
-        elsewhere. Beside the agents, who wait for packets and can ask nobody."""
+        """A cloud's yes is at times none: it is asked again until packets take the new path, or until the addresses
+        shall be elsewhere. Beside the agents, who wait for those packets and can ask nobody."""
         timeouts, loop = self.ctx.settings.timeouts, asyncio.get_running_loop()
-        end = loop.time() + timeouts.address_confirm_s
+        asked, seen = loop.time(), False
         while self._at_target and not self._proved:
-            try:
-                if not (why := await self.jobs.fips.missing(self._fips(), self.target_pod())):
-                    return
-            except OperatorError as e:
-                why = str(e)
-            if loop.time() > end:
+            late = loop.time() - asked > timeouts.address_confirm_s
+            denied = late and loop.time() - self._proving_since > timeouts.address_confirm_s
+            why = "" if seen and not denied else await self._not_there(denied)
+            seen = not why
+            if why and late:
                 self.say(f"the addresses are asked for at {self.target_node} once more: {why}")
                 self._note("AddressNotMoved", f"after {timeouts.address_confirm_s:g} s: {why}", warning=True)
                 await self._ask_until_answered()
-                end = loop.time() + timeouts.address_confirm_s
+                asked = loop.time()
             try:
                 async with asyncio.timeout(timeouts.address_look_s):
                     await self._asking.wait()
                 return
             except TimeoutError:
                 pass
+
+    async def _not_there(self, denied: bool) -> str:
+        """Why the addresses are not at the target yet. `denied`: the agents have waited long for packets."""
+        try:
+            return await self.jobs.fips.missing(self._fips(), self.target_pod(), False if denied else None)
+        except OperatorError as e:
+            return str(e)
 
     async def _ask_until_answered(self) -> None:
         pause_s = self.ctx.settings.timeouts.retry_s

@@ -128,6 +128,26 @@ def test_a_yes_that_did_not_happen_is_found_and_asked_for_again(cloud: Cloud, wo
         world.agents.do("metadata", node="ec2-b", addresses=None)
 
 
+def test_packets_that_do_not_take_the_new_path_have_it_asked_again(cloud: Cloud, world: World, place: Place) -> None:
+    """EC2's listing and the instance's metadata agree, and are both wrong."""
+    place.add_pod("llm-0", "ec2-a")
+    address = place.add_fip(pool="cloud", provider="ec2")["status"]["address"]
+    place.add_pod("llm-1", "ec2-b")
+    world.agents.do("metadata", node="ec2-b", addresses=[address])
+    cloud.ec2.account.lie_to_packets = True
+    try:
+        with world.agents.stopped_at("MOVE_ADDRESS"):
+            job = place.add_job(switchover="Wait")
+            wait_for("its name", lambda: "no packet takes the new path" in place.status(job).get("message", ""))
+            assert cloud.network_owner(address) == "ec2-a"
+            cloud.ec2.account.lie_to_packets = False
+            wait_for("packets at the target", lambda: cloud.network_owner(address) == "ec2-b")
+        place.wait_job(job, "Succeeded")
+    finally:
+        cloud.ec2.account.lie_to_packets = False
+        world.agents.do("metadata", node="ec2-b", addresses=None)
+
+
 def test_an_address_that_the_instance_does_not_know_of_is_not_ready(cloud: Cloud, world: World, place: Place) -> None:
     world.agents.do("metadata", node="ec2-a", addresses=[])
     try:

@@ -44,8 +44,9 @@ class AddressProvider(Protocol):
         """All of one place in one call: a cloud's rate limits count calls."""
         ...
 
-    async def confirm(self, addresses: Sequence[str], place: Place, *, proved: bool = False) -> bool:
-        """Whether the network leads there. `proved`: the agents have seen packets take the path both ways."""
+    async def confirm(self, addresses: Sequence[str], place: Place, *, proved: bool | None = None) -> bool:
+        """Whether the network leads there. `proved`: the agents have seen packets take the path both ways; False: they
+        should have, and have not."""
         ...
 
     def why_not(self, addresses: Sequence[str]) -> str:

@@ -113,7 +113,7 @@ class Ec2Provider:
             if sixes:
                 await self._move_ipv6(target, sixes, holders)
 
-    async def confirm(self, addresses: Sequence[str], place: Place, *, proved: bool = False) -> bool:
+    async def confirm(self, addresses: Sequence[str], place: Place, *, proved: bool | None = None) -> bool:
         why = await self._missing(addresses, place, proved)
         for address in addresses:
             self._doubted.pop(address, None)
@@ -124,13 +124,13 @@ class Ec2Provider:
     def why_not(self, addresses: Sequence[str]) -> str:
         return "; ".join(sorted({self._doubted[a] for a in addresses if a in self._doubted}))
 
-    async def _missing(self, addresses: Sequence[str], place: Place, proved: bool) -> str:
+    async def _missing(self, addresses: Sequence[str], place: Place, proved: bool | None) -> str:
         """The witness that does not say so. Packets have the last word: IMDS may lag behind them for long."""
         instance = instance_id(place.provider_id)
         holders = await self.inventory.holders(addresses)
         if not all(a in holders and holders[a].instance == instance for a in addresses):
             return f"EC2's listing does not have it on {instance}"
-        by_path = await self._path(addresses, place) if self._path and not proved else proved or None
+        by_path = await self._path(addresses, place) if self._path and proved is None else proved
         if by_path is not None:
             return "" if by_path else "EC2 says that it has moved, and no packet takes the new path"
         by_imds = await self._imds(addresses, place) if self._imds else None

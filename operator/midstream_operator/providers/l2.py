@@ -30,7 +30,7 @@ class L2Provider:
     def why_not(self, addresses: Sequence[str]) -> str:
         return ""
 
-    async def confirm(self, addresses: Sequence[str], place: Place, *, proved: bool = False) -> bool:
+    async def confirm(self, addresses: Sequence[str], place: Place, *, proved: bool | None = None) -> bool:
         reply = await self._agents.describe(place.node)
         return set(addresses) <= set(reply.floating_addresses)
 
