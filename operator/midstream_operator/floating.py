@@ -24,7 +24,7 @@ from midstream_agent.contract import agent_pb2 as pb
 
 from midstream_operator.context import Context
 from midstream_operator.endpoints import endpoint_slice, slice_name
-from midstream_operator.errors import Final, OperatorError, Retryable, reason_of
+from midstream_operator.errors import Final, NotLeader, OperatorError, Retryable, reason_of
 from midstream_operator.events import reference
 from midstream_operator.kube import KubeError, core, ours, slices, until_done
 from midstream_operator.model import FLOATING_IPS, FipSpec, Json, matches, now, parse_time, version_of
@@ -189,6 +189,8 @@ class FloatingIPs:
             return
         try:
             await self._establish(obj)
+        except NotLeader:
+            raise
         except OperatorError as e:
             await self._not_ready(obj, e.code, e.message)
             if isinstance(e, Retryable) and e.code != "no_pod":

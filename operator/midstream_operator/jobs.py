@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from midstream_operator import planning
 from midstream_operator.context import Context
-from midstream_operator.errors import Final
+from midstream_operator.errors import Final, NotLeader
 from midstream_operator.floating import FloatingIPs
 from midstream_operator.kube import KubeError, ours
 from midstream_operator.model import JOBS, FipSpec, Json, Phase, Provider, Reason, Switchover, now, phase_of
@@ -39,7 +39,7 @@ class Slot:
     node: str
     reason: Reason
     target: str = ""  # node; empty: not chosen yet
-    stands_by: bool = False  # prepared for a move that may never come: no limit counts it
+    stands_by: bool = False  # for a move, or a target, that may never come: no limit counts it
 
 
 @dataclass(slots=True)
@@ -122,6 +122,10 @@ class Jobs:
             try:
                 await run.run()
                 break
+            except NotLeader as e:  # a renewal that took long, and passes; or this task is cancelled soon
+                log.warning("job %s: %s", run.name, e, extra={"job": run.uid})
+                await asyncio.sleep(pause_s)
+                run = self._afresh(run, run.draft.as_written)
             except Exception as e:
                 log.exception("job %s: begun again from its status", run.name, extra={"job": run.uid})
                 run = await self._again(run, e, pause_s)
@@ -132,7 +136,10 @@ class Jobs:
         run.draft.say(f"internal: {type(e).__name__}: {e}; tried again")
         await run.write()
         await asyncio.sleep(pause_s)
-        fresh = Run(self.ctx, self, {**run.obj, "status": run.draft.status})
+        return self._afresh(run, run.draft.status)
+
+    def _afresh(self, run: Run, status: Json) -> Run:
+        fresh = Run(self.ctx, self, {**run.obj, "status": status})
         fresh.deleted = run.deleted
         self.runs[run.uid] = fresh
         return fresh
@@ -158,8 +165,10 @@ class Jobs:
 
     def stands_by(self, run: Run, yes: bool) -> None:
         """For hours perhaps, in which nobody shall wait for it."""
-        self.slots[run.uid].stands_by = yes
-        self._wake_pending()
+        slot = self.slots.get(run.uid)
+        if slot is not None and slot.stands_by is not yes:
+            slot.stands_by = yes
+            self._wake_pending()
 
     def unfit(self, run: Run, source: Pod) -> str:
         """Why the target that was chosen cannot take over any more; empty: it can."""

@@ -315,17 +315,25 @@ class Run:
         waits = self.deadline is not None or LABEL_NOTICE in (self.obj["metadata"].get("labels") or {})
         while True:
             try:
-                return pick(source, self.spec.target, self.jobs.scene(self, source), told)
+                choice = pick(source, self.spec.target, self.jobs.scene(self, source), told)
+                self.jobs.stands_by(self, False)
+                return choice
             except OperatorError as e:
-                if looked and not (isinstance(e, Retryable) and waits):
-                    raise Final(e.code, e.message) from e
-                if looked:
-                    await capacity.ask(self, source)
-                    await self._waiting(e.message)
-                    self._check_source(source, e.message)
+                if not looked:
+                    looked = True
+                    await self._look_at_pods(source.namespace)
                     continue
-                looked = True
-                await self._look_at_pods(source.namespace)
+                if not (waits and isinstance(e, Retryable)):
+                    raise Final(e.code, e.message) from e
+                await self._wait_for_target(source, e.message)
+
+    async def _wait_for_target(self, source: Pod, why: str) -> None:
+        """Without a deadline it may take for ever: nobody shall wait for this job's turn meanwhile."""
+        await capacity.ask(self, source)
+        self.jobs.stands_by(self, self.deadline is None)
+        await self._waiting(why)
+        if source.uid not in self.ctx.view.pods:
+            raise Final("unknown_pod", f"{source.name} has gone while its job waited: {why}")
 
     async def _look_at_pods(self, namespace: str) -> None:
         """A job and its target that are made in one breath come on two watches, and either may be behind."""
@@ -337,10 +345,6 @@ class Run:
             return
         for obj in found["items"]:
             self.ctx.view.put_pod(Pod.of(obj))
-
-    def _check_source(self, source: Pod, waited: str) -> None:
-        if source.uid not in self.ctx.view.pods:
-            raise Final("unknown_pod", f"{source.name} has gone while its job waited: {waited}")
 
     async def _waiting(self, why: str) -> None:
         if self.draft.status.get("message") != why:
@@ -678,13 +682,12 @@ class Run:
         while not evidence:
             await asyncio.sleep(self.ctx.settings.timeouts.gone_poll_s)
             evidence = await self._gone(self.target_node)
-        request = pb.DeclareGoneRequest(
-            job_id=self.agent_job, node=self.target_node, evidence=evidence, epoch=self.ctx.epoch()
-        )
+        job, node = self.agent_job, self.target_node
         pause_s = self.ctx.settings.timeouts.retry_s
         while True:
             try:
-                await self.ctx.agents.declare_gone(self.source_node, request)
+                said = pb.DeclareGoneRequest(job_id=job, node=node, evidence=evidence, epoch=self.ctx.epoch())
+                await self.ctx.agents.declare_gone(self.source_node, said)
                 break
             except OperatorError as e:
                 log.info("job %s: the source has not heard that its target is gone: %s", self.name, e)

@@ -56,6 +56,7 @@ async def _ready(run: Run) -> bool:
     if why := run.jobs.unfit(run, source):
         log.warning("job %s: %s %s: another target is needed", run.name, run.target_pod().name, why)
         await run.aim(source)
+        run.jobs.stands_by(run, True)
         run.say(f"prepared anew; {_GO}")
         await run.write()
     return run.told
