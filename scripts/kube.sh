@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Builds the Kubernetes binaries that tests need, once, from their Go modules: scripts/kube.sh [helm] [etcd] [kubernetes]
+# Builds the Kubernetes binaries that tests need, once, from their Go modules: scripts/kube.sh [helm] [etcd] [imds] [kubernetes]
 #
-# All three by default. Each is a folder of tests/testbed/kube with a go.mod and a go.sum; what they make lies under
+# All by default; imds is amazon-ec2-metadata-mock. Each is a folder of tests/testbed/kube with a go.mod and a go.sum; what they make lies under
 # $MIDSTREAM_CACHE, keyed by both and by Go's version, and is linked into build/kube. A binary that KUBEBUILDER_ASSETS
 # (envtest's folder) holds is taken from there instead. Kubernetes takes 4 minutes on two cores, helm 1.
 set -euo pipefail
@@ -14,10 +14,12 @@ declare -A binaries=(
   [kubernetes]="kube-apiserver kube-controller-manager kube-scheduler kubelet kubectl"
   [etcd]="etcd"
   [helm]="helm"
+  [imds]="ec2-metadata-mock"
 )
 declare -A version_flags=(
   [kubernetes]="-X k8s.io/component-base/version.gitVersion=VERSION -X k8s.io/component-base/version.gitTreeState=clean"
   [etcd]=""
+  [imds]=""
   [helm]="-X helm.sh/helm/v3/internal/version.version=VERSION KUBE"
 )
 # Without a cluster, helm renders for the Kubernetes that it was built with: it is told at link time.
@@ -25,7 +27,10 @@ for package in pkg/lint/rules pkg/chartutil; do
   version_flags[helm]=${version_flags[helm]/KUBE/"-X helm.sh/helm/v3/$package.k8sVersionMajor=1 -X helm.sh/helm/v3/$package.k8sVersionMinor=35 KUBE"}
 done
 version_flags[helm]=${version_flags[helm]% KUBE}
-declare -A main_module=([kubernetes]=k8s.io/kubernetes [etcd]=go.etcd.io/etcd/server/v3 [helm]=helm.sh/helm/v3)
+declare -A main_module=(
+  [kubernetes]=k8s.io/kubernetes [etcd]=go.etcd.io/etcd/server/v3 [helm]=helm.sh/helm/v3
+  [imds]=github.com/aws/amazon-ec2-metadata-mock
+)
 
 new_enough() { [ "$(printf '%s\n' "$go_wanted" "$1" | sort -V | head -n 1)" = "$go_wanted" ]; }
 
@@ -74,7 +79,7 @@ build() { # one module -> its folder under the cache
   echo "$out"
 }
 
-[ $# -gt 0 ] || set -- helm etcd kubernetes
+[ $# -gt 0 ] || set -- helm etcd imds kubernetes
 mkdir -p "$cache" "$top/build/kube"
 go=
 for name in "$@"; do

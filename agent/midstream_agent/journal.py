@@ -99,6 +99,16 @@ class Journal:
         self._file.write(json.dumps({"at": round(time.time(), 6), **line}).encode() + b"\n")
 
 
+class Unwritten(Journal):
+    """Of what a restarted agent need not know: nothing of it outlives the process."""
+
+    def __init__(self) -> None:
+        super().__init__(Path(os.devnull), [])
+
+    def remove(self) -> None:
+        self.close()
+
+
 def journals(folder: Path, side: str) -> Iterator[Path]:
     """Journals of this boot that a restarted agent must look at."""
     if folder.is_dir():

@@ -16,6 +16,8 @@ from midstream_agent.node import Node
 from midstream_agent.notices import NoticesMixin
 from midstream_agent.survey import survey
 from midstream_agent.target_jobs import TargetJobs
+from midstream_agent.warm import warm
+from midstream_agent.witness import AddressWitness
 
 
 class AgentService(NoticesMixin, rpc.AgentServicer):
@@ -25,6 +27,7 @@ class AgentService(NoticesMixin, rpc.AgentServicer):
         self._node = node
         self._jobs = jobs
         self._targets = targets
+        self._witness = AddressWitness(node.settings.imds, node.nic.mac.hex(":"))
 
     async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.DescribeReply:
         await self._admit(context)
@@ -126,6 +129,19 @@ class AgentService(NoticesMixin, rpc.AgentServicer):
         except (MidstreamError, OSError) as e:
             await _refuse(context, e)
         return pb.SurveyReply()
+
+    async def Warm(self, request: pb.WarmRequest, context: Any) -> pb.WarmReply:
+        await self._admit(context)
+        try:
+            self._node.check_epoch(f"pod:{request.pod.uid}", request.epoch)
+            return await warm(self._node, request)
+        except (MidstreamError, OSError) as e:
+            await _refuse(context, e)
+        return pb.WarmReply()
+
+    async def Metadata(self, request: pb.MetadataRequest, context: Any) -> pb.MetadataReply:
+        await self._admit(context)
+        return await self._witness.ask()
 
     async def _admit(self, context: Any) -> None:
         names = tls.names_of(context)

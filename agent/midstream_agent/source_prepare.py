@@ -39,7 +39,7 @@ async def connect(job: SourceJob) -> None:
     request = job.request
     if request.target_node.name == job.node.settings.node:
         raise Final("same_node", f"{request.target_node.name} is the node the pod runs on: choose another target")
-    job.addresses = await _floating_addresses(job)
+    job.addresses = await floating_addresses(job)
     for address in job.addresses:
         if job.node.hold.in_transit(address):
             raise Final("address_in_transit", f"{address} is on its way already, with streams that stay where they are "
@@ -70,7 +70,7 @@ async def connect_pod(job: SourceJob) -> None:
         answer.close()
 
 
-async def _floating_addresses(job: SourceJob) -> list[str]:
+async def floating_addresses(job: SourceJob) -> list[str]:
     """Those asked for, or all floating IPs of the pod; each must really be one, and here."""
     at, _ = job.live_pod()
     net = job.node.net
@@ -258,7 +258,7 @@ async def ask_prepare(job: SourceJob, streams: list[dict[str, Any]]) -> None:
     if reply.prepared.HasField("tunnel") and job.transit is None:
         at, _ = job.live_pod()
         job.transit = Transit(job.node, at, job.addresses, reply.prepared.tunnel.address, body.tunnel.vni)
-    _begin_copy(job, reply.prepared)
+    begin_copy(job, reply.prepared)
     job.target_addresses = list(reply.prepared.node_addresses)
     job.journal.decide("TARGET", addresses=job.target_addresses)
     for address in job.addresses:
@@ -266,7 +266,7 @@ async def ask_prepare(job: SourceJob, streams: list[dict[str, Any]]) -> None:
         responder_for(address, job.target_addresses)
 
 
-def _begin_copy(job: SourceJob, prepared: pb.PeerPrepared) -> None:
+def begin_copy(job: SourceJob, prepared: pb.PeerPrepared) -> None:
     if job.copy is not None or job.pool is None or not job.reserved_slots:
         return
     ours = job.pool.geometry

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -17,7 +17,7 @@ from grpc import aio
 from midstream_agent.contract import agent_pb2 as pb
 from midstream_agent.contract import agent_pb2_grpc as rpc
 
-from midstream_operator.errors import Final, Retryable
+from midstream_operator.errors import Final, OperatorError, Retryable
 from midstream_operator.settings import Settings
 from midstream_operator.view import View
 
@@ -33,29 +33,39 @@ _OPTIONS = [
 ]
 
 
+@dataclass(slots=True, eq=False)
+class _Known:
+    """One node's channel; its stub is made once, since that costs as much as a call."""
+
+    endpoint: str
+    channel: aio.Channel
+    stub: rpc.AgentAsyncStub
+
+
 @dataclass(slots=True)
 class Agents:
     """Channels to agents, one a node, opened when first used and anew when the agent's address changes."""
 
     settings: Settings
     view: View
-    _channels: dict[str, tuple[str, aio.Channel]] = field(default_factory=dict)
+    _channels: dict[str, _Known] = field(default_factory=dict)
 
     async def close(self) -> None:
-        await asyncio.gather(*(channel.close(None) for _, channel in self._channels.values()))
+        await asyncio.gather(*(known.channel.close(None) for known in self._channels.values()))
         self._channels.clear()
 
-    async def _stub(self, node: str) -> rpc.AgentAsyncStub:
+    async def _of(self, node: str) -> _Known:
         agent = self.view.agent(node)
         if agent is None:
             raise Retryable("no_agent", f"no agent on node {node}: does the DaemonSet cover it?")
         known = self._channels.get(node)
-        if known is None or known[0] != agent.endpoint:
-            if known is not None:
-                await known[1].close(None)
-            known = agent.endpoint, self._open(node, agent.endpoint)
-            self._channels[node] = known
-        return rpc.AgentStub(known[1])
+        if known is None or known.endpoint != agent.endpoint:
+            channel = self._open(node, agent.endpoint)
+            old, known = known, _Known(agent.endpoint, channel, rpc.AgentStub(channel))
+            self._channels[node] = known  # before anything is awaited: two calls would open one each
+            if old is not None:
+                await old.channel.close(None)
+        return known
 
     def _open(self, node: str, endpoint: str) -> aio.Channel:
         tls = self.settings.tls
@@ -68,11 +78,12 @@ class Agents:
         options = [*_OPTIONS, ("grpc.ssl_target_name_override", node)]
         return aio.secure_channel(endpoint, grpc.ssl_channel_credentials(*files), options)
 
-    async def _forget(self, node: str) -> None:
-        """Certificates may have been renewed on either side: the next call opens a channel anew."""
-        known = self._channels.pop(node, None)
-        if known is not None:
-            await known[1].close(None)
+    async def _forget(self, node: str, broken: _Known | None) -> None:
+        """Certificates may have been renewed on either side: the next call opens a channel anew. One that another call
+        has opened meanwhile is left alone, with the calls that it carries."""
+        if broken is not None and self._channels.get(node) is broken:
+            del self._channels[node]
+            await broken.channel.close(None)
 
     # -- calls -----------------------------------------------------------------------------------------
 
@@ -83,10 +94,12 @@ class Agents:
         Calls to a node share its channel. The one that finds it broken closes it, and the others are cancelled by
         that: to them it is an agent that does not answer, and not the end of their own task.
         """
+        known = None
         try:
-            yield await self._stub(node)
+            known = await self._of(node)
+            yield known.stub
         except aio.AioRpcError as e:
-            raise await self._said(node, e) from e
+            raise await self._said(node, known, e) from e
         except asyncio.CancelledError as e:
             task = asyncio.current_task()
             if task is None or task.cancelling():
@@ -117,6 +130,25 @@ class Agents:
                     text = f"the agent on {node} did not tell within {timeout_s:g} s"
                     raise Retryable("agent_unreachable", text) from e
                 raise
+
+    async def warm(self, node: str, request: pb.WarmRequest) -> pb.WarmReply:
+        """KV goes ahead to where the pod may move; as long as it takes. The agent stops when this is cancelled."""
+        async with self._asking(node) as stub:
+            try:
+                return await stub.Warm(request)
+            except aio.AioRpcError as e:
+                if e.code() is grpc.StatusCode.UNIMPLEMENTED:
+                    raise Final("agent_warms_nothing", f"the agent on {node} is older than this operator") from e
+                raise
+
+    async def sees(self, node: str, addresses: Sequence[str]) -> bool | None:
+        """Whether the node's own metadata has these addresses on its interface; None: it says nothing."""
+        try:
+            async with self._asking(node) as stub:
+                reply = await stub.Metadata(pb.MetadataRequest(), timeout=self.settings.timeouts.agent_reply_s)
+        except OperatorError:  # also an agent of an older version
+            return None
+        return None if reply.absent else set(addresses) <= set(reply.addresses)
 
     async def attach(self, node: str, request: pb.AttachAddressRequest) -> None:
         async with self._asking(node) as stub:
@@ -171,7 +203,7 @@ class Agents:
             text = f"the agent on {node} tells no notices: it is older than this operator"
             raise Final("agent_tells_no_notices", text) from e
 
-    async def _said(self, node: str, e: aio.AioRpcError) -> Final | Retryable:
+    async def _said(self, node: str, known: _Known | None, e: aio.AioRpcError) -> Final | Retryable:
         """The agent's own words, or that it does not answer."""
         details = e.details() or ""
         found = _CODE.match(details)
@@ -179,6 +211,6 @@ class Agents:
             return Final(found[1], found[2])
         if e.code() is grpc.StatusCode.UNAVAILABLE and found and found[1].islower() and "_" in found[1]:
             return Retryable(found[1], found[2])
-        await self._forget(node)
+        await self._forget(node, known)
         text = f"the agent on {node} does not answer ({e.code().name}: {details[:200]})"
         return Retryable("agent_unreachable", text)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from midstream_operator.agents import Agents
-from midstream_operator.errors import Final
+from midstream_operator.errors import NotLeader
 from midstream_operator.events import Recorder
 from midstream_operator.kube import Kube
 from midstream_operator.lease import Lease
@@ -32,5 +32,5 @@ class Context:
         """For the next command chain; whoever does not lead must not command."""
         epochs = self.lease.epochs
         if epochs is None or not self.lease.held:
-            raise Final("not_leader", "the Lease was lost: another replica commands now")
+            raise NotLeader
         return epochs.next()

@@ -2,6 +2,7 @@
 
 OperatorError
 +-- Retryable   the same attempt may succeed later, or elsewhere
+|   +-- NotLeader   this replica must not command now: it says nothing about what it was doing, and nothing is written
 +-- Final       it will not, until somebody changes something; the message says what
 
 Codes are snake_case, like the agents' (docs/errors.md lists both). In a status they are a condition's `reason`,
@@ -22,6 +23,11 @@ class OperatorError(Exception):
 
 class Retryable(OperatorError):
     pass
+
+
+class NotLeader(Retryable):
+    def __init__(self) -> None:
+        super().__init__("not_leader", "the Lease is not held at this moment: this replica, or another one, goes on")
 
 
 class Final(OperatorError):

@@ -24,7 +24,7 @@ from midstream_agent.contract import agent_pb2 as pb
 
 from midstream_operator.context import Context
 from midstream_operator.endpoints import endpoint_slice, slice_name
-from midstream_operator.errors import Final, OperatorError, Retryable, reason_of
+from midstream_operator.errors import Final, NotLeader, OperatorError, Retryable, reason_of
 from midstream_operator.events import reference
 from midstream_operator.kube import KubeError, core, ours, slices, until_done
 from midstream_operator.model import FLOATING_IPS, FipSpec, Json, matches, now, parse_time, version_of
@@ -189,6 +189,8 @@ class FloatingIPs:
             return
         try:
             await self._establish(obj)
+        except NotLeader:
+            raise
         except OperatorError as e:
             await self._not_ready(obj, e.code, e.message)
             if isinstance(e, Retryable) and e.code != "no_pod":
@@ -320,14 +322,18 @@ class FloatingIPs:
         await self._confirmed(provider, [address], place)
         await self._ready(obj, address, place)
 
-    async def _confirmed(self, provider: AddressProvider, addresses: Sequence[str], place: Place) -> None:
+    async def _confirmed(
+        self, provider: AddressProvider, addresses: Sequence[str], place: Place, proved: bool | None = None
+    ) -> None:
         timeouts = self._ctx.settings.timeouts
         end = time.monotonic() + timeouts.address_confirm_s
-        while not await provider.confirm(addresses, place):
+        while not await provider.confirm(addresses, place, proved=proved):
             if time.monotonic() > end:
+                why = provider.why_not(addresses)
                 raise Retryable(
                     "address_not_moved",
-                    f"{', '.join(addresses)} did not reach {place.node} within {timeouts.address_confirm_s:g} s",
+                    f"{', '.join(addresses)} did not reach {place.node} within {timeouts.address_confirm_s:g} s"
+                    f"{f': {why}' if why else ''}; it is asked for again",
                 )
             await asyncio.sleep(timeouts.retry_s)
 
@@ -346,11 +352,22 @@ class FloatingIPs:
 
     # -- moved by a job ----------------------------------------------------------------------------------
 
-    async def moved(self, uids: Sequence[str], target: Pod) -> None:
+    async def moved(self, uids: Sequence[str], target: Pod, proved: bool | None = None) -> None:
         """A job has moved these FloatingIPs' streams to the target, and its agent has the addresses: let the network
-        follow, then status and slice. Raises Retryable until that is so; idempotent."""
+        follow, then status and slice. `proved`: by packets, see AddressProvider.confirm. Raises Retryable until that
+        is so; idempotent."""
         for name, objs in self._by_provider(uids).items():
-            await self._move(self._ctx.providers[name], objs, self._place(target))
+            await self._move(self._ctx.providers[name], objs, self._place(target), proved)
+
+    async def missing(self, uids: Sequence[str], target: Pod, proved: bool | None) -> str:
+        """Of addresses that were asked for: what does not say yet that they are at the target; empty: all does. What it
+        names is asked for once more by the next `ask`."""
+        found = []
+        for name, objs in self._by_provider(uids).items():
+            provider, addresses = self._ctx.providers[name], [_status(o)["address"] for o in objs]
+            if not provider.announces and not await provider.confirm(addresses, self._place(target), proved=proved):
+                found.append(provider.why_not(addresses))
+        return "; ".join(found)
 
     async def ask(self, uids: Sequence[str], target: Pod) -> None:
         """The streams of these FloatingIPs are at the target: have a network that hears no announcement begin to move
@@ -368,11 +385,11 @@ class FloatingIPs:
                 found.setdefault(FipSpec.of(obj).provider, []).append(obj)
         return found
 
-    async def _move(self, provider: AddressProvider, objs: list[Json], place: Place) -> None:
+    async def _move(self, provider: AddressProvider, objs: list[Json], place: Place, proved: bool | None) -> None:
         addresses = [_status(o)["address"] for o in objs]
         epoch = self._ctx.epoch()
         await provider.assign(addresses, place, epoch)
-        await self._confirmed(provider, addresses, place)
+        await self._confirmed(provider, addresses, place, proved)
         bound = {"node": place.node, "pod": place.pod, "podUID": place.pod_uid, "interface": INTERFACE, "epoch": epoch}
         for obj, address in zip(objs, addresses, strict=True):
             async with self._lock(obj["metadata"]["uid"]):

@@ -3,10 +3,11 @@
 It is asked again and again while a notice stands, and says each time what is still missing. So a lost event, a restart
 and a job that failed are all made good by the next pass, and nothing is done twice.
 
-    interruption             taint; a job for each serving pod without one; what is prepared commits; jobs whose
-                             *target* is that node are called back before their point of no return
+    interruption             taint; a job for each serving pod without one; what is prepared commits, and is told until
+                             when; jobs whose *target* is that node are called back before their point of no return
+                             (what is only prepared finds another target itself)
     rebalance: Ignore        nothing
-               Prepare       taint (no new targets there); a job that stops when everything is prepared
+               Prepare       taint (no new targets there); a job that has a target, copies KV ahead, and waits
                Migrate       the same, and it goes on at once
     maintenance, far away    nothing yet
     a job is under way       nothing: the first notice made it
@@ -37,15 +38,22 @@ class RebalancePolicy(StrEnum):
     MIGRATE = "Migrate"
 
 
+class Capacity(StrEnum):
+    NONE = "None"  # there is a warm replica, or somebody else sees to it
+    SCALE = "Scale"  # where nobody can take over, the workload is scaled by one until the move is over
+
+
 @dataclass(frozen=True, slots=True)
 class HandlingSettings:
     rebalance: str = "Prepare"  # Ignore, Prepare, Migrate; a pod's annotation midstream.dev/rebalance overrides it
+    capacity: str = "None"  # None, Scale: what a rebalance's job asks for that finds no target
     margin_s: float = 5.0  # before the deadline: clocks differ, and EC2 has been early
     notice_s: float = 120.0  # what EC2 promises, where a source does not say until when
     least_s: float = 10.0  # a deadline that is over, or nearly, becomes this: nothing is lost by trying
     attempts: int = 5  # of one notice for one pod
     stands_s: float = 600.0  # a notice is looked after for so long beyond its deadline
     pass_s: float = 1.0  # between two looks at what stands
+    warm_s: float = 30.0  # between two copies of KV to the target of a rebalance; 0: none is copied before the move
     maintenance_s: float = (
         3600.0  # before scheduled maintenance: it is announced weeks ahead (IMDS says it all the time)
     )
@@ -53,6 +61,8 @@ class HandlingSettings:
     def __post_init__(self) -> None:
         if self.rebalance not in set(RebalancePolicy):
             raise Final("bad_config", f"handling.rebalance: {self.rebalance!r} is none of {', '.join(RebalancePolicy)}")
+        if self.capacity not in set(Capacity):
+            raise Final("bad_config", f"handling.capacity: {self.capacity!r} is none of {', '.join(Capacity)}")
 
     @property
     def policy(self) -> RebalancePolicy:
@@ -82,8 +92,13 @@ class Moving:
     committed: bool = False  # a prepared job that was told to go
 
     @property
+    def stands_by(self) -> bool:
+        """Prepared for a move that may never come."""
+        return self.reason is Reason.REBALANCE and not self.committed
+
+    @property
     def can_be_called_back(self) -> bool:
-        return self.phase in (Phase.PENDING, Phase.PREPARING, Phase.SWITCHING)
+        return self.phase in (Phase.PENDING, Phase.PREPARING, Phase.SWITCHING) and not self.stands_by
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +129,7 @@ class Create:
 @dataclass(frozen=True, slots=True)
 class Commit:
     job: Moving
+    deadline: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +184,8 @@ def _moves(facts: Facts, settings: HandlingSettings, now: datetime) -> list[Step
     for pod in facts.pods:
         job = next((job for job in facts.jobs if job.pod_uid == pod.uid), None)
         if job is not None:
-            if job.reason is Reason.REBALANCE and not job.committed:
-                steps.append(Commit(job))
+            if job.stands_by:
+                steps.append(Commit(job, deadline))
             continue
         attempt = _attempt(facts.ended.get(pod.uid, ()), settings)
         if attempt and pod.uid not in facts.declined and (attempt == 1 or _is_time(facts.notice, settings, now)):

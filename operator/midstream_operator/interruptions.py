@@ -33,6 +33,7 @@ from midstream_operator.kube import KubeError, core, ours, until_done
 from midstream_operator.model import (
     ANNOTATION_CALLED_BACK,
     ANNOTATION_COMMIT,
+    ANNOTATION_DEADLINE,
     JOBS,
     Json,
     KvMode,
@@ -70,12 +71,22 @@ class Interruptions:
         self.ctx.metrics.notices.labels(notice.kind.value, notice.source).inc()
         if self.lifecycle is not None and notice.kind is NoticeKind.LIFECYCLE:
             self.lifecycle.hold(notice)
+        notice = self._dated(notice)
         await self._look(notice)
         if notice.id not in self.standing:
             log.warning("%s of %s by %s, deadline %s", notice.kind, notice.node, notice.source, notice.deadline)
             self.standing[notice.id] = notice, now()
         elif notice.deadline is not None and self.standing[notice.id][0].deadline is None:
             self.standing[notice.id] = notice, self.standing[notice.id][1]  # this source knows until when
+
+    def _dated(self, notice: Notice) -> Notice:
+        """A taint says neither since when nor until when: what is known of this notice, or the instant it was heard."""
+        if notice.deadline is not None or notice.issued_at is not None:
+            return notice
+        known = self.standing.get(notice.id)
+        if known is None:
+            return replace(notice, issued_at=now())
+        return replace(notice, issued_at=known[0].issued_at or known[1], deadline=known[0].deadline)
 
     async def run(self) -> None:
         """While this replica leads."""
@@ -121,8 +132,11 @@ class Interruptions:
                 await self._taint(step)
             case Create():
                 await self._create(notice, step)
-            case Commit(job):
-                body = {"metadata": {"annotations": {ANNOTATION_COMMIT: "true"}}}
+            case Commit(job, deadline):
+                said: Json = {ANNOTATION_COMMIT: "true"}
+                if deadline is not None:
+                    said[ANNOTATION_DEADLINE] = format_time(deadline)
+                body = {"metadata": {"annotations": said}}
                 await self._until_done(lambda: self.ctx.kube.patch(ours(JOBS, job.namespace, job.name), body))
             case Abort(job, why):
                 log.warning("job %s is called back: %s", job.name, why)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from midstream_operator import planning
 from midstream_operator.context import Context
-from midstream_operator.errors import Final
+from midstream_operator.errors import Final, NotLeader
 from midstream_operator.floating import FloatingIPs
 from midstream_operator.kube import KubeError, ours
 from midstream_operator.model import JOBS, FipSpec, Json, Phase, Provider, Reason, Switchover, now, phase_of
@@ -39,6 +39,7 @@ class Slot:
     node: str
     reason: Reason
     target: str = ""  # node; empty: not chosen yet
+    stands_by: bool = False  # for a move, or a target, that may never come: no limit counts it
 
 
 @dataclass(slots=True)
@@ -121,6 +122,10 @@ class Jobs:
             try:
                 await run.run()
                 break
+            except NotLeader as e:  # a renewal that took long, and passes; or this task is cancelled soon
+                log.warning("job %s: %s", run.name, e, extra={"job": run.uid})
+                await asyncio.sleep(pause_s)
+                run = self._afresh(run, run.draft.as_written)
             except Exception as e:
                 log.exception("job %s: begun again from its status", run.name, extra={"job": run.uid})
                 run = await self._again(run, e, pause_s)
@@ -131,7 +136,10 @@ class Jobs:
         run.draft.say(f"internal: {type(e).__name__}: {e}; tried again")
         await run.write()
         await asyncio.sleep(pause_s)
-        fresh = Run(self.ctx, self, {**run.obj, "status": run.draft.status})
+        return self._afresh(run, run.draft.status)
+
+    def _afresh(self, run: Run, status: Json) -> Run:
+        fresh = Run(self.ctx, self, {**run.obj, "status": status})
         fresh.deleted = run.deleted
         self.runs[run.uid] = fresh
         return fresh
@@ -155,6 +163,18 @@ class Jobs:
         """The next choice of a target takes it into account."""
         self.slots[run.uid].target = node
 
+    def stands_by(self, run: Run, yes: bool) -> None:
+        """For hours perhaps, in which nobody shall wait for it."""
+        slot = self.slots.get(run.uid)
+        if slot is not None and slot.stands_by is not yes:
+            slot.stands_by = yes
+            self._wake_pending()
+
+    def unfit(self, run: Run, source: Pod) -> str:
+        """Why the target that was chosen cannot take over any more; empty: it can."""
+        target = self.ctx.view.pods.get(run.target_uid)
+        return refusal(source, target, self.scene(run, source)) if target is not None else "has gone"
+
     def _leave(self, uid: str) -> None:
         slot = self.slots.pop(uid, None)
         if slot is not None and all(s.pod_uid != slot.pod_uid for s in self.slots.values()):
@@ -166,9 +186,10 @@ class Jobs:
         limits = self.ctx.settings.limits
         if any(s.pod_uid == source.uid for u, s in self.slots.items() if u != run.uid):
             return "another job moves its streams, this one waits for its end"
-        if len(self.runs) > limits.jobs and self._behind(run) >= limits.jobs - len(self.slots):
+        moving = [s for s in self.slots.values() if not s.stands_by]
+        if len(self.runs) > limits.jobs and self._behind(run) >= limits.jobs - len(moving):
             return f"{limits.jobs} migrations run in the cluster, its limit"
-        here = sum(s.node == source.node for s in self.slots.values())
+        here = sum(s.node == source.node for s in moving)
         if self._behind(run, source.node) >= limits.jobs_per_node - here:
             return f"{limits.jobs_per_node} migrations leave node {source.node}, its limit"
         return ""
@@ -199,9 +220,9 @@ class Jobs:
 
     async def reckon(self, run: Run, source: Pod, target: Pod) -> planning.Reckoning:
         switchover = PlanSwitchover.WAIT if run.spec.switchover is Switchover.WAIT else PlanSwitchover.STEER
-        sharing = max(1, sum(s.node == source.node for s in self.slots.values()))
+        sharing = max(1, sum(s.node == source.node and not s.stands_by for s in self.slots.values()))
         by_api = self._by_api([source])
-        return await planning.for_job(self.ctx, source, target, run.spec.deadline, switchover, by_api, sharing)
+        return await planning.for_job(self.ctx, source, target, run.deadline, switchover, by_api, sharing)
 
     def node_facts(self, node: str) -> planning.NodeFacts:
         """For a plan of a node that nobody has given notice of."""

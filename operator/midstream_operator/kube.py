@@ -173,6 +173,10 @@ def ours(kind: str, namespace: str = "", name: str = "") -> str:
     return _path(f"/apis/{GROUP}/{VERSION}", kind, namespace, name)
 
 
+def apps(kind: str, namespace: str, name: str) -> str:
+    return _path("/apis/apps/v1", kind, namespace, name)
+
+
 def slices(namespace: str, name: str = "") -> str:
     return _path("/apis/discovery.k8s.io/v1", "endpointslices", namespace, name)
 

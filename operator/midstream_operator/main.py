@@ -49,6 +49,7 @@ from midstream_operator.notices.instances import Instances
 from midstream_operator.notices.lifecycle import LifecycleActions
 from midstream_operator.notices.nodes import NodeSource
 from midstream_operator.notices.sqs import SqsSource
+from midstream_operator.providers.base import Place
 from midstream_operator.providers.ec2 import Ec2Provider
 from midstream_operator.providers.l2 import L2Provider
 from midstream_operator.respond import Responder
@@ -82,7 +83,7 @@ class Operator:
         view = View()
         agents = Agents(settings, view)
         metrics = Metrics()
-        self._ec2 = ec2_of(settings)
+        self._ec2 = ec2_of(settings, agents)
         self._authority = authority  # None: certificates are somebody else's
         self.ctx = Context(
             settings,
@@ -217,9 +218,15 @@ class Operator:
                 return
 
 
-def ec2_of(settings: Settings) -> Ec2Provider | None:
+def ec2_of(settings: Settings, agents: Agents) -> Ec2Provider | None:
     """Only where a pool needs it: it wants AWS credentials."""
-    return Ec2Provider(settings.aws.ec2, settings.pools) if any(p.provider == "ec2" for p in settings.pools) else None
+
+    async def imds(addresses: Sequence[str], place: Place) -> bool | None:
+        return await agents.sees(place.node, addresses)
+
+    if not any(pool.provider == "ec2" for pool in settings.pools):
+        return None
+    return Ec2Provider(settings.aws.ec2, settings.pools, imds=imds)
 
 
 async def _named(work: Awaitable[Any]) -> Any:

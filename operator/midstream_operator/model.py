@@ -23,6 +23,10 @@ LABEL_NOTICE = "midstream.dev/notice"
 LABEL_MODEL, LABEL_RUNTIME = "midstream.dev/model", "midstream.dev/runtime-version"
 # On a job whose reason is Rebalance: "true" ends its preparation.
 ANNOTATION_COMMIT = "midstream.dev/commit"
+# On such a job, then: until when, which nobody knew when it was made. RFC 3339.
+ANNOTATION_DEADLINE = "midstream.dev/deadline"
+# On such a job: what its workload was scaled to, so that somebody can take over (capacity.py).
+ANNOTATION_CAPACITY = "midstream.dev/capacity"
 # On a job that the operator aborted itself, to find another target: another attempt follows.
 ANNOTATION_CALLED_BACK = "midstream.dev/called-back"
 # On a pod: what a rebalance recommendation does to it, whatever the operator's setting.

@@ -20,6 +20,7 @@ from midstream_operator.jobs import Jobs
 from midstream_operator.kube import KubeError, ours, until_done
 from midstream_operator.model import (
     ANNOTATION_COMMIT,
+    ANNOTATION_DEADLINE,
     API_VERSION,
     JOBS,
     LABEL_NOTICE,
@@ -102,7 +103,10 @@ class Responder:
             if run.spec.reason not in (Reason.REBALANCE, Reason.MANUAL):
                 return True
             if run.spec.reason is Reason.REBALANCE:
-                body = {"metadata": {"annotations": {ANNOTATION_COMMIT: "true"}}}
+                said = {ANNOTATION_COMMIT: "true"}
+                if notice.deadline is not None:
+                    said[ANNOTATION_DEADLINE] = format_time(notice.deadline)
+                body = {"metadata": {"annotations": said}}
                 path = ours(JOBS, run.namespace, run.name)
                 await self._until_done(partial(self.ctx.kube.patch, path, body))
                 return True

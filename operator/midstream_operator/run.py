@@ -14,18 +14,21 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from midstream_agent.contract import agent_pb2 as pb
 
+from midstream_operator import capacity, standby
 from midstream_operator.context import Context
 from midstream_operator.errors import Final, OperatorError, Retryable
 from midstream_operator.events import pod_reference, reference
 from midstream_operator.kube import KubeError, core, ours, until_done
 from midstream_operator.model import (
     ANNOTATION_COMMIT,
+    ANNOTATION_DEADLINE,
     JOBS,
+    LABEL_NOTICE,
     LABEL_POD,
     LABEL_POD_UID,
     LABEL_WORKLOAD,
@@ -57,6 +60,7 @@ SWITCHOVERS = {
 }
 _MOVE_ADDRESS = "MOVE_ADDRESS"  # a step of Wait alone: the agents go on when packets take the new path
 _AFTER_LAST_BATCH = ("FOLLOW", "RELEASE")  # steps of the agents' saga
+_PROVES = ("FOLLOW", _MOVE_ADDRESS)  # they end when packets take the new path both ways
 _OURS = ("tls_files", "not_operator")  # this side's own trouble, which says nothing about the job
 KV_MODES = {KvMode.AUTO: pb.KV_MODE_AUTO, KvMode.COPY: pb.KV_MODE_COPY, KvMode.REPLAY: pb.KV_MODE_REPLAY}
 
@@ -83,8 +87,12 @@ class Run:
     _dirty: asyncio.Event = field(default_factory=asyncio.Event)
     _phase_changed: asyncio.Event = field(default_factory=asyncio.Event)
     _write_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _proved: bool = False  # the agents have seen packets take the new path
+    _proving_since: float = float("inf")  # by the loop's clock
     _all_moved: bool = False  # no stream that could move is left at the source
     _replay: bool = False  # the plan gives all KV up: no time is spent on copying it
+    asked_capacity: bool = False  # in this process
+    _plan: str = ""  # where to, and why there; the planner's words follow it
     _fresh: bool = False  # this process has planned the job and no agent has been asked yet
 
     def __post_init__(self) -> None:
@@ -131,14 +139,35 @@ class Run:
         return str((self.draft.status.get("source") or {}).get("nodeName", ""))
 
     @property
+    def target_uid(self) -> str:
+        return str((self.draft.status.get("target") or {}).get("podUID", ""))
+
+    @property
     def target_node(self) -> str:
         return str((self.draft.status.get("target") or {}).get("nodeName", ""))
 
     @property
     def rank(self) -> tuple[float, datetime, str]:
         """Who goes first when not all can: the nearest deadline, then the oldest."""
-        deadline = self.spec.deadline
+        deadline = self.deadline
         return deadline.timestamp() if deadline else float("inf"), self.created, self.name
+
+    @property
+    def told(self) -> bool:
+        """Of a rebalance's job: it waits no longer."""
+        return (self.obj["metadata"].get("annotations") or {}).get(ANNOTATION_COMMIT) == "true"
+
+    @property
+    def deadline(self) -> datetime | None:
+        """The spec's, or what the interruption said that came after a rebalance. Checked in `_check_stop`."""
+        try:
+            return self.spec.deadline or self._said_later()
+        except ValueError:
+            return None
+
+    def _said_later(self) -> datetime | None:
+        said = (self.obj["metadata"].get("annotations") or {}).get(ANNOTATION_DEADLINE)
+        return parse_time(said).astimezone(UTC) if said else None
 
     def changed(self, obj: Json) -> None:
         self.obj, self.spec = obj, JobSpec.of(obj)
@@ -163,7 +192,7 @@ class Run:
             else:
                 self.jobs.begin(self, self.source_uid, self.source_node)
             if self.spec.reason is Reason.REBALANCE and self.draft.phase is Phase.PREPARING:
-                await self._until_told()
+                await standby.until_told(self)
             tasks.start(f"abort of {self.name}", self._abort_when_asked())
             tasks.start(f"witness of {self.name}", self._declare_gone())
             tasks.start(f"network of {self.name}", self._ask_network())
@@ -187,11 +216,7 @@ class Run:
         if behind and not self.jobs.fips.on_pod(source.uid):
             await self._end(Phase.SUCCEEDED, "nothing_to_move", f"nothing is left on {source.name}: {behind}")
             return False
-        choice = await self._choose(source)
-        self.jobs.goes_to(self, choice.pod.node)
-        addresses = self._addresses(source)
-        self._write_down(source, choice, addresses)
-        await self._reckon(source, choice.pod)
+        await self.aim(source)
         if self.spec.dry_run:
             await self._end(Phase.SUCCEEDED, "dry_run", f"planned only: {self.draft.status['plan']}")
             return False
@@ -203,23 +228,34 @@ class Run:
         await self._label(source)
         return True
 
+    async def aim(self, source: Pod) -> None:
+        """A target, with reasons, into the status."""
+        choice = await self._choose(source)
+        self.jobs.goes_to(self, choice.pod.node)
+        self._write_down(source, choice, self._addresses(source))
+        await self.reckon(source, choice.pod)
+
     def _check_spec(self) -> None:
         self._check_stop()
         if self.spec.on_failure is OnFailure.DROP_STREAMS:
             raise Final("unsupported", "onFailure DropStreams: this version keeps the source; leave it out")
 
     def _check_stop(self) -> None:
-        spec = self.spec
-        if spec.abort or self.deleted:
+        if self.spec.abort or self.deleted:
             raise Aborted
-        if spec.deadline is not None and now() >= spec.deadline:
+        try:
+            self._said_later()
+        except ValueError as e:
+            raise Final("bad_deadline", f"annotation {ANNOTATION_DEADLINE}: {e}; as in 2026-11-25T10:02:00Z") from e
+        deadline = self.deadline
+        if deadline is not None and now() >= deadline:
             waited = f": {self.draft.status['message']}" if self.draft.status.get("message") else ""
-            raise Final("deadline_passed", f"the deadline {spec.deadline:%H:%M:%S} passed before the job began{waited}")
+            raise Final("deadline_passed", f"the deadline {deadline:%H:%M:%S} passed before the job began{waited}")
 
-    async def _pause(self, seconds: float) -> None:
+    async def pause(self, seconds: float) -> None:
         """Wait for news, no longer than this; then abort and deadline are looked at."""
-        if self.spec.deadline is not None:
-            seconds = max(0.0, min(seconds, (self.spec.deadline - now()).total_seconds()))
+        if self.deadline is not None:
+            seconds = max(0.0, min(seconds, (self.deadline - now()).total_seconds()))
         try:
             async with asyncio.timeout(seconds):
                 await self.news.wait()
@@ -260,7 +296,7 @@ class Run:
     async def _late(self, name: str) -> Pod:
         """The API server has it with its label; the watch is a moment behind."""
         while (pod := self.ctx.view.pod(self.namespace, name)) is None:
-            await self._pause(self.ctx.settings.timeouts.retry_s)
+            await self.pause(self.ctx.settings.timeouts.retry_s)
         return pod
 
     async def _turn(self, source: Pod) -> str:
@@ -273,22 +309,49 @@ class Run:
         return waited
 
     async def _choose(self, source: Pod) -> Choice:
-        """With a deadline a missing target may still come until then; without one the answer is no."""
-        told = self.ctx.settings.limits.refusals_told
+        """Who asked with a deadline, or did not ask but was given notice, waits for a target that may still come. To
+        a person without one the answer is no, after a look at more than the watches have told."""
+        told, looked = self.ctx.settings.limits.refusals_told, False
+        waits = self.deadline is not None or LABEL_NOTICE in (self.obj["metadata"].get("labels") or {})
         while True:
             try:
-                return pick(source, self.spec.target, self.jobs.scene(self, source), told)
-            except Retryable as e:
-                if self.spec.deadline is None:
+                choice = pick(source, self.spec.target, self.jobs.scene(self, source), told)
+                self.jobs.stands_by(self, False)
+                return choice
+            except OperatorError as e:
+                if not looked:
+                    looked = True
+                    await self._look_at_pods(source.namespace)
+                    continue
+                if not (waits and isinstance(e, Retryable)):
                     raise Final(e.code, e.message) from e
-                await self._waiting(e.message)
+                await self._wait_for_target(source, e.message)
+
+    async def _wait_for_target(self, source: Pod, why: str) -> None:
+        """Without a deadline it may take for ever: nobody shall wait for this job's turn meanwhile."""
+        await capacity.ask(self, source)
+        self.jobs.stands_by(self, self.deadline is None)
+        await self._waiting(why)
+        if source.uid not in self.ctx.view.pods:
+            raise Final("unknown_pod", f"{source.name} has gone while its job waited: {why}")
+
+    async def _look_at_pods(self, namespace: str) -> None:
+        """A job and its target that are made in one breath come on two watches, and either may be behind."""
+        selector = [("labelSelector", f"{self.ctx.settings.enabled_label}=true")]
+        try:
+            found = await self.ctx.kube.request("GET", core("pods", namespace), query=selector)
+        except KubeError as e:
+            log.warning("job %s: looking for a target: %s", self.name, e)
+            return
+        for obj in found["items"]:
+            self.ctx.view.put_pod(Pod.of(obj))
 
     async def _waiting(self, why: str) -> None:
         if self.draft.status.get("message") != why:
             self.draft.say(why)
             await self.write()
             self._note("Waiting", why)
-        await self._pause(self.ctx.settings.timeouts.resync_s)
+        await self.pause(self.ctx.settings.timeouts.resync_s)
 
     def _addresses(self, source: Pod) -> list[str]:
         return sorted(str(f["status"]["address"]) for f in self.jobs.fips.on_pod(source.uid))
@@ -305,16 +368,16 @@ class Run:
             f"; refused: {explain(choice.refused, self.ctx.settings.limits.refusals_told)}" if choice.refused else ""
         )
         plan = f"{moved} to {target.name} on {target.node}, {choice.why}{refused}"
-        status["plan"] = plan[: self.ctx.settings.limits.message_chars]
+        self._plan = status["plan"] = plan[: self.ctx.settings.limits.message_chars]
         self.draft.say(f"from {source.node} to {target.node}")
 
-    async def _reckon(self, source: Pod, target: Pod) -> None:
+    async def reckon(self, source: Pod, target: Pod) -> None:
         """What the planner makes of what both agents tell. The target is written down already: who goes meanwhile
         calls this job back."""
         made = await self.jobs.reckon(self, source, target)
         self._replay = made.replay
-        status = self.draft.status
-        status["plan"] = f"{status['plan']}. {made.words}"[: self.ctx.settings.limits.message_chars]
+        plan = self._plan or f"to {target.name} on {target.node}"
+        self.draft.status["plan"] = f"{plan}. {made.words}"[: self.ctx.settings.limits.message_chars]
         self._check_stop()
 
     async def _label(self, source: Pod) -> None:
@@ -329,13 +392,11 @@ class Run:
         body = {"metadata": {"labels": labels}}
         await self._persist(ours(JOBS, self.namespace, self.name), body)
 
-    async def _until_told(self) -> None:
-        """A rebalance recommendation is no interruption: the target is reserved, streams stay where they are."""
-        text = f"prepared; moves when annotated {ANNOTATION_COMMIT}=true, or when the node is interrupted"
-        self.draft.say(text)
-        await self.write()
-        while (self.obj["metadata"].get("annotations") or {}).get(ANNOTATION_COMMIT) != "true":
-            await self._pause(self.ctx.settings.timeouts.resync_s)
+    def say(self, message: str) -> None:
+        """Into the status, soon."""
+        if self.draft.status.get("message") != message:
+            self.draft.say(message)
+            self._dirty.set()
 
     # -- carried out by the source's agent -----------------------------------------------------------------
 
@@ -366,6 +427,20 @@ class Run:
                 await asyncio.sleep(pause_s)
                 pause_s = min(pause_s * 2, self.ctx.settings.timeouts.retry_max_s)
 
+    def warm_request(self) -> pb.WarmRequest:
+        """The same move, as far as it can be undone by forgetting it."""
+        move = self._request()
+        return pb.WarmRequest(
+            job_id=move.job_id,
+            epoch=move.epoch,
+            pod=move.pod,
+            target_pod=move.target_pod,
+            target_node=move.target_node,
+            addresses=move.addresses,
+            kv_mode=move.kv_mode,
+            kv_bytes_per_s=move.kv_bytes_per_s,
+        )
+
     def _request(self) -> pb.MigrateRequest:
         status, spec = self.draft.status, self.spec
         source, target = status["source"], status["target"]
@@ -380,7 +455,7 @@ class Run:
             switchover=SWITCHOVERS[spec.switchover],
             kv_mode=KV_MODES[KvMode.REPLAY if self._replay and spec.kv_mode is KvMode.AUTO else spec.kv_mode],
             kv_bytes_per_s=spec.kv_bytes_per_s,
-            deadline_unix_ms=int(spec.deadline.timestamp() * 1000) if spec.deadline else 0,
+            deadline_unix_ms=int(self.deadline.timestamp() * 1000) if self.deadline else 0,
         )
 
     def _happened(self, event: pb.MigrateEvent) -> None:
@@ -388,6 +463,9 @@ class Run:
         if event.step == _MOVE_ADDRESS and event.what in ("begin", "undo"):
             self._shall_be(at_target=event.what == "begin")
         self._all_moved = self._all_moved or event.step in _AFTER_LAST_BATCH
+        if event.step in _PROVES and event.what == "begin":
+            self._proving_since = asyncio.get_running_loop().time()
+        self._proved = self._proved or (event.step in _PROVES and event.what == "done")
         if self.draft.step(event, now()):
             self._phase_changed.set()
             self._entered(before)
@@ -426,7 +504,7 @@ class Run:
         if not heard:
             if spec.abort or self.deleted:
                 raise Aborted
-            if spec.deadline is not None and now() >= spec.deadline:
+            if self.deadline is not None and now() >= self.deadline:
                 raise Final("deadline_passed", f"the deadline passed before the agent was reached: {e.message}")
             if now() - began > timedelta(seconds=self.ctx.settings.timeouts.agent_patience_s):
                 raise Final(e.code, e.message)
@@ -489,13 +567,13 @@ class Run:
 
     async def _follow_by_network(self) -> None:
         """Until it is so: the tunnel carries the clients meanwhile."""
-        target = self._target_pod()
+        target = self.target_pod()
         fips = self.jobs.fips
         uids = self._fips()
         pause_s = self.ctx.settings.timeouts.retry_s
         while uids:
             try:
-                await fips.moved(uids, target)
+                await fips.moved(uids, target, self._proved or None)
                 return
             except (Retryable, KubeError) as e:
                 self.draft.say(f"the streams are at {target.node}; the address is to follow: {e}")
@@ -521,12 +599,42 @@ class Run:
             await self._asking.wait()
             self._asking.clear()
             await self._ask_until_answered()
+            await self._see_it_move()
+
+    async def _see_it_move(self) -> None:
+        """A cloud's yes is at times none: it is asked again until packets take the new path, or until the addresses
+        shall be elsewhere. Beside the agents, who wait for those packets and can ask nobody."""
+        timeouts, loop = self.ctx.settings.timeouts, asyncio.get_running_loop()
+        asked, seen = loop.time(), False
+        while self._at_target and not self._proved:
+            late = loop.time() - asked > timeouts.address_confirm_s
+            denied = late and loop.time() - self._proving_since > timeouts.address_confirm_s
+            why = "" if seen and not denied else await self._not_there(denied)
+            seen = not why
+            if why and late:
+                self.say(f"the addresses are asked for at {self.target_node} once more: {why}")
+                self._note("AddressNotMoved", f"after {timeouts.address_confirm_s:g} s: {why}", warning=True)
+                await self._ask_until_answered()
+                asked = loop.time()
+            try:
+                async with asyncio.timeout(timeouts.address_look_s):
+                    await self._asking.wait()
+                return
+            except TimeoutError:
+                pass
+
+    async def _not_there(self, denied: bool) -> str:
+        """Why the addresses are not at the target yet. `denied`: the agents have waited long for packets."""
+        try:
+            return await self.jobs.fips.missing(self._fips(), self.target_pod(), False if denied else None)
+        except OperatorError as e:
+            return str(e)
 
     async def _ask_until_answered(self) -> None:
         pause_s = self.ctx.settings.timeouts.retry_s
         while True:
             try:
-                await self.jobs.fips.ask(self._fips(), self._target_pod() if self._at_target else self._source_pod())
+                await self.jobs.fips.ask(self._fips(), self.target_pod() if self._at_target else self._source_pod())
                 return
             except OperatorError as e:
                 where = self.target_node if self._at_target else self.source_node
@@ -540,7 +648,7 @@ class Run:
         gone = Pod(self.namespace, self.spec.pod, uid, node, {}, False, None, False, "", "")
         return self.ctx.view.pods.get(uid, gone)
 
-    def _target_pod(self) -> Pod:
+    def target_pod(self) -> Pod:
         """From the view, or from the status when the pod has just gone."""
         target = self.draft.status["target"]
         known = self.ctx.view.pods.get(target["podUID"])
@@ -574,13 +682,12 @@ class Run:
         while not evidence:
             await asyncio.sleep(self.ctx.settings.timeouts.gone_poll_s)
             evidence = await self._gone(self.target_node)
-        request = pb.DeclareGoneRequest(
-            job_id=self.agent_job, node=self.target_node, evidence=evidence, epoch=self.ctx.epoch()
-        )
+        job, node = self.agent_job, self.target_node
         pause_s = self.ctx.settings.timeouts.retry_s
         while True:
             try:
-                await self.ctx.agents.declare_gone(self.source_node, request)
+                said = pb.DeclareGoneRequest(job_id=job, node=node, evidence=evidence, epoch=self.ctx.epoch())
+                await self.ctx.agents.declare_gone(self.source_node, said)
                 break
             except OperatorError as e:
                 log.info("job %s: the source has not heard that its target is gone: %s", self.name, e)
@@ -592,6 +699,7 @@ class Run:
 
     async def _end(self, phase: Phase, code: str, message: str) -> None:
         began = self.draft.phase is not Phase.PENDING
+        await capacity.give_back(self, phase)
         self.draft.seen_generation(int(self.obj["metadata"].get("generation", 1)))
         self.draft.end(phase, code, message, now())
         await self.write()
@@ -614,6 +722,10 @@ class Run:
         if stall and self.spec.max_stall_ms is not None and stall > self.spec.max_stall_ms:
             text = f"clients waited up to {stall:g} ms, more than maxStall {self.spec.max_stall_ms:g} ms"
             self._note("StallExceeded", text, warning=True)
+
+    def tell(self, reason: str, message: str, warning: bool = False) -> None:
+        """An Event, for what is done beside the job."""
+        self._note(reason, message, warning)
 
     def _note(self, reason: str, message: str, warning: bool = False) -> None:
         log.log(logging.WARNING if warning else logging.INFO, "%s: %s", reason, message, extra={"job": self.uid})

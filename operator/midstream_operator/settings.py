@@ -41,7 +41,8 @@ class Timeouts:
     lease_renew_s: float = 3.0  # between two renewals
     lease_give_up_s: float = 10.0  # a leader that could not renew for so long stops writing; less than lease_s
     watch_s: int = 290  # a watch is asked for this long, then opened anew (API servers end them at 300 or more)
-    address_confirm_s: float = 30.0  # EC2 moves an address in seconds
+    address_confirm_s: float = 30.0  # EC2 moves an address in seconds; then it is asked again
+    address_look_s: float = 2.0  # between two looks at a move that a job has begun; its end is not waited for so long
     address_release_s: float = 20.0  # a deleted FloatingIP goes after this long even if nobody answers
     eviction_margin_s: float = 5.0  # an eviction's job must be through this long before the pod is killed
     gone_poll_s: float = 3.0  # between two questions whether a silent node is gone

@@ -40,6 +40,11 @@ class Draft:
     def phase(self) -> Phase:
         return Phase(self.status.get("phase", Phase.PENDING))
 
+    @property
+    def as_written(self) -> Json:
+        """What the API server has."""
+        return deepcopy(self._written)
+
     def patch(self) -> Json:
         """A copy of what differs from what was written; lists whole, as a merge patch wants them."""
         return {k: deepcopy(v) for k, v in self.status.items() if self._written.get(k) != v}

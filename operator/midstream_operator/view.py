@@ -144,6 +144,7 @@ class View:
     pod_listeners: list[Changed] = field(default_factory=list)
     node_listeners: list[Callable[[Node], None]] = field(default_factory=list)
     _by_name: dict[tuple[str, str], str] = field(default_factory=dict)
+    _agents_of: dict[str, set[str]] = field(default_factory=dict)  # node -> uids of agent pods
 
     def put_pod(self, pod: Pod) -> None:
         if self.pods.get(pod.uid) == pod:
@@ -172,8 +173,17 @@ class View:
     def drop_node(self, name: str) -> None:
         self.nodes.pop(name, None)
 
+    def put_agent(self, uid: str, agent: Agent) -> None:
+        self.drop_agent(uid)  # it had no node before it was scheduled
+        self.agent_pods[uid] = agent
+        self._agents_of.setdefault(agent.node, set()).add(uid)
+
     def drop_agent(self, uid: str) -> None:
-        self.agent_pods.pop(uid, None)
+        if (old := self.agent_pods.pop(uid, None)) is not None:
+            here = self._agents_of[old.node]
+            here.discard(uid)
+            if not here:
+                del self._agents_of[old.node]
 
     def pod(self, namespace: str, name: str) -> Pod | None:
         return self.pods.get(self._by_name.get((namespace, name), ""))
@@ -183,5 +193,5 @@ class View:
 
     def agent(self, node: str) -> Agent | None:
         """The node's agent: a ready one if there is one (during a rolling update there may be two pods)."""
-        found = [a for a in self.agent_pods.values() if a.node == node and a.endpoint]
+        found = [a for uid in self._agents_of.get(node, ()) if (a := self.agent_pods[uid]).endpoint]
         return max(found, key=lambda a: a.ready, default=None)

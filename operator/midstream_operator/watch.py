@@ -101,7 +101,7 @@ def watchers(settings: Settings, view: View) -> list[Watcher]:
         return str(obj["metadata"]["uid"])
 
     def put_agent(obj: Json) -> None:
-        view.agent_pods[uid(obj)] = Agent.of(obj, settings.agent_port)
+        view.put_agent(uid(obj), Agent.of(obj, settings.agent_port))
 
     seconds = settings.timeouts.watch_s
     return [

@@ -84,10 +84,11 @@ class Agents:
 
 
 def chart_rights(assets: Path) -> str:
-    """Accounts and roles that the chart grants where others make certificates and no webhook is served, as here."""
+    """Accounts and roles that the chart grants where others make certificates, no webhook is served and workloads may
+    be scaled, as here."""
     argv = [
         str(assets / "helm"), "template", "midstream", str(CHECKOUT / "charts/midstream"), "-n", NAMESPACE,
-        "--set", "tls.issuer=files", "--set", "webhook.enabled=false",
+        "--set", "tls.issuer=files", "--set", "webhook.enabled=false", "--set", "rebalance.capacity=Scale",
         "--show-only", "templates/rbac.yaml", "--show-only", "templates/serviceaccounts.yaml",
     ]  # fmt: skip
     return subprocess.run(argv, capture_output=True, text=True, timeout=60, check=True).stdout

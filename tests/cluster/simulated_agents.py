@@ -93,6 +93,7 @@ class SimulatedAgent(rpc.AgentServicer):
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     server: aio.Server | None = None
     board: Board = field(default_factory=Board)
+    metadata: list[str] | None = None  # addresses of its interface, as IMDS has them
 
     async def start(self) -> None:
         tls = self.town.tls
@@ -217,6 +218,27 @@ class SimulatedAgent(rpc.AgentServicer):
         ]
         return pb.SurveyReply(streams=streams, pool_bytes=1 << 30, pool_free_bytes=1 << 29)
 
+    async def Warm(self, request: pb.WarmRequest, context: Any) -> pb.WarmReply:
+        """What has been copied once is there; nothing else changes."""
+        await self._admit(context, "Warm", request)
+        try:
+            self._check_epoch(f"pod:{request.pod.uid}", request.epoch)
+            self._check_pod(request.pod.uid)
+            if why := self._unreachable(request):
+                raise Refused(why, f"{request.target_node.name} cannot take KV")
+        except Refused as e:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(e))
+        there = (request.pod.uid, request.target_pod.uid)
+        sent, shared = (0, STREAMS * KV_BYTES) if there in self.town.warm else (STREAMS * KV_BYTES, 0)
+        self.town.warm.add(there)
+        return pb.WarmReply(streams=STREAMS, kv=pb.KvCounts(bytes_sent=sent, bytes_shared=shared))
+
+    async def Metadata(self, request: pb.MetadataRequest, context: Any) -> pb.MetadataReply:
+        await self._admit(context, "Metadata", request)
+        if self.metadata is None:
+            return pb.MetadataReply(absent="simulated: no EC2 instance")
+        return pb.MetadataReply(addresses=self.metadata)
+
     async def Doctor(self, request: pb.DoctorRequest, context: Any) -> pb.DoctorReply:
         await self._admit(context, "Doctor", request)
         findings = [
@@ -239,6 +261,8 @@ class SimulatedAgent(rpc.AgentServicer):
                 "epoch": getattr(request, "epoch", 0),
                 "address": getattr(request, "address", ""),
                 "kv": pb.KvMode.Name(request.kv_mode) if isinstance(request, pb.MigrateRequest) else "",
+                "target": request.target_pod.uid if isinstance(request, pb.MigrateRequest | pb.WarmRequest) else "",
+                "deadline_ms": getattr(request, "deadline_unix_ms", 0),
             }
         )
 
@@ -319,12 +343,13 @@ class SimulatedAgent(rpc.AgentServicer):
             return "no_handoff"
         if not self._addresses(record):
             return "no_floating_ip"
+        return self._unreachable(request)
+
+    def _unreachable(self, request: pb.MigrateRequest | pb.WarmRequest) -> str:
         target = self.town.agents.get(request.target_node.name)
         if target is None or target.server is None or request.target_node.endpoint != f"{target.address}:{PORT}":
             return "peer_unreachable"
-        if request.target_pod.uid not in target.pods:
-            return "unknown_pod"
-        return ""
+        return "" if request.target_pod.uid in target.pods else "unknown_pod"
 
     def _addresses(self, record: Record) -> list[str]:
         here = [a for a, uid in self.routes.items() if uid == record.request.pod.uid]
@@ -381,6 +406,7 @@ class Town:
     failing: dict[str, str] = field(default_factory=dict)  # step -> code
     stops: set[str] = field(default_factory=set)  # jobs wait before these steps
     asked: list[dict[str, Any]] = field(default_factory=list)
+    warm: set[tuple[str, str]] = field(default_factory=set)  # (pod, target pod) whose KV has gone ahead
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def wake(self) -> None:
@@ -411,6 +437,8 @@ class Town:
                 end = datetime.now(UTC) + timedelta(seconds=said["left_s"]) if "left_s" in said else None
                 details = tuple(sorted(said.get("details", {}).items()))
                 agent.board.put(said["kind"], [Said(said["kind"], deadline=end, details=details)])
+            case "metadata":
+                self.agents[said["node"]].metadata = said["addresses"]
             case "no-notices":
                 self.agents[said["node"]].board.standing.clear()
             case "stop-at":

@@ -31,6 +31,12 @@ class Cloud:
         attachment = self.ec2.account.interfaces[owned.interface].attachment if owned else None
         return self.nodes[attachment.instance] if attachment else ""
 
+    def network_owner(self, address: str) -> str:
+        """Where packets for it go, whatever the table says."""
+        interface = self.ec2.account.network.owner(address)
+        attachment = self.ec2.account.interfaces[interface].attachment if interface else None
+        return self.nodes[attachment.instance] if attachment else ""
+
 
 @pytest.fixture(scope="module")
 def cloud(world: World) -> Iterator[Cloud]:
@@ -42,6 +48,8 @@ def cloud(world: World) -> Iterator[Cloud]:
             patch.setenv(f"AWS_{name}", value)
         world.operators.stop_all()
         world.operators.config["pools"].append(cloud.pool)
+        world.operators.config["timeouts"]["addressConfirmS"] = 2
+        world.operators.config["timeouts"]["addressLookS"] = 0.2
         world.operators.config["aws"] = {"ec2": {"cluster": "test", "endpoint": server.url, "region": "eu-west-1"}}
         yield cloud
         world.operators.stop_all()
@@ -91,6 +99,66 @@ def test_an_address_that_did_not_arrive_is_asked_back(cloud: Cloud, world: World
     world.agents.do("fail-at", steps=[])
     assert cloud.owner(address) == "ec2-a"
     assert place.wait_fip("llm", "True")["status"]["node"] == "ec2-a"
+
+
+def test_a_yes_that_did_not_happen_is_found_and_asked_for_again(cloud: Cloud, world: World, place: Place) -> None:
+    """EC2's table has it at the target, the instance's metadata does not, and the agents see no packet: not moved."""
+    place.add_pod("llm-0", "ec2-a")
+    address = place.add_fip(pool="cloud", provider="ec2")["status"]["address"]
+    place.add_pod("llm-1", "ec2-b")
+    world.agents.do("metadata", node="ec2-b", addresses=[])
+    cloud.ec2.account.lie_to_packets = True
+    try:
+        with world.agents.stopped_at("COMMIT"):  # the agents wait for the path
+            job = place.add_job()
+            place.wait_job(job, "Committing")
+            wait_for("the address at the target, by EC2", lambda: cloud.owner(address) == "ec2-b")
+            first = len(cloud.ec2.called("AssignPrivateIpAddresses"))
+            wait_for("its name", lambda: "metadata does not" in place.status(job).get("message", ""))
+            wait_for("another call", lambda: len(cloud.ec2.called("AssignPrivateIpAddresses")) > first)
+            wait_for("the event", lambda: "AddressNotMoved" in place.events("MigrationJob", job))
+            assert cloud.network_owner(address) == "ec2-a", "EC2 lies still"
+            cloud.ec2.account.lie_to_packets = False
+            wait_for("packets at the target", lambda: cloud.network_owner(address) == "ec2-b")
+            world.agents.do("metadata", node="ec2-b", addresses=["10.0.0.5", address])
+        place.wait_job(job, "Succeeded")
+        assert place.wait_fip("llm", "True")["status"]["node"] == "ec2-b"
+    finally:
+        cloud.ec2.account.lie_to_packets = False
+        world.agents.do("metadata", node="ec2-b", addresses=None)
+
+
+def test_packets_that_do_not_take_the_new_path_have_it_asked_again(cloud: Cloud, world: World, place: Place) -> None:
+    """EC2's listing and the instance's metadata agree, and are both wrong."""
+    place.add_pod("llm-0", "ec2-a")
+    address = place.add_fip(pool="cloud", provider="ec2")["status"]["address"]
+    place.add_pod("llm-1", "ec2-b")
+    world.agents.do("metadata", node="ec2-b", addresses=[address])
+    cloud.ec2.account.lie_to_packets = True
+    try:
+        with world.agents.stopped_at("MOVE_ADDRESS"):
+            job = place.add_job(switchover="Wait")
+            wait_for("its name", lambda: "no packet takes the new path" in place.status(job).get("message", ""))
+            assert cloud.network_owner(address) == "ec2-a"
+            cloud.ec2.account.lie_to_packets = False
+            wait_for("packets at the target", lambda: cloud.network_owner(address) == "ec2-b")
+        place.wait_job(job, "Succeeded")
+    finally:
+        cloud.ec2.account.lie_to_packets = False
+        world.agents.do("metadata", node="ec2-b", addresses=None)
+
+
+def test_an_address_that_the_instance_does_not_know_of_is_not_ready(cloud: Cloud, world: World, place: Place) -> None:
+    world.agents.do("metadata", node="ec2-a", addresses=[])
+    try:
+        place.add_pod("llm-0", "ec2-a")
+        place.make_fip("llm", pool="cloud", provider="ec2")
+        said = place.wait_fip("llm", "False", "AddressNotMoved")["status"]
+        assert "the instance's own metadata does not" in said["conditions"][0]["message"]
+        world.agents.do("metadata", node="ec2-a", addresses=[said["address"]])
+        place.wait_fip("llm", "True")
+    finally:
+        world.agents.do("metadata", node="ec2-a", addresses=None)
 
 
 def doctor(world: World) -> list[dict[str, str]]:

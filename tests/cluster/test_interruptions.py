@@ -4,6 +4,7 @@ server. Nodes are shared, so each test takes off what it put on them."""
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 from cluster_world import MERGE, Place, World, wait_for
@@ -44,12 +45,65 @@ def test_metadata_and_a_taint_at_once_make_one_job(world: World, place: Place) -
     assert len(place.jobs()) == 1
 
 
+def calls(world: World, place: Place, call: str) -> list[dict[str, Any]]:
+    """What llm-0's agent was asked to do for it."""
+    asked = world.agents.do("asked")
+    return [a for a in asked if a["call"] == call and a["target"] in {uid for _, uid in place.uids.values()}]
+
+
 def test_a_rebalance_prepares_and_the_interruption_commits(world: World, place: Place) -> None:
     place.serving()
     world.agents.do("notice", node="a", kind="Rebalance")
     name = place.one_job()
     place.wait_job(name, "Preparing")
     assert OURS in taints(world, "a"), "a node at risk takes nothing new"
+    wait_for("KV ahead", lambda: "192.0 MiB of KV of 3 streams at b" in place.status(name)["message"])
+    assert calls(world, place, "Migrate") == [] and place.wait_fip("llm", "True")["status"]["node"] == "a"
+    world.agents.do("notice", node="a", kind="SpotInterruption", left_s=120)
+    status = place.wait_job(name, "Succeeded")
+    assert len(place.jobs()) == 1
+    (move,) = calls(world, place, "Migrate")
+    until = datetime.fromtimestamp(move["deadline_ms"] / 1000, UTC)
+    assert timedelta(seconds=80) < until - datetime.now(UTC) < timedelta(seconds=116), "EC2's, which came later"
+    assert "s are left; copying must end" in status["plan"]
+
+
+def test_a_person_may_have_what_is_prepared_go(world: World, place: Place) -> None:
+    place.serving()
+    world.agents.do("notice", node="a", kind="Rebalance")
+    name = place.one_job()
+    place.wait_job(name, "Preparing")
+    place.patch_job(name, {"metadata": {"annotations": {"midstream.dev/commit": "true"}}})
+    place.wait_job(name, "Succeeded")
+
+
+def test_a_pod_may_want_to_move_at_a_rebalance(world: World, place: Place) -> None:
+    place.serving()
+    body = {"metadata": {"annotations": {"midstream.dev/rebalance": "Migrate"}}}
+    world.plane.request("PATCH", place.path("pods", "llm-0", "v1"), body, MERGE)
+    world.agents.do("notice", node="a", kind="Rebalance")
+    place.wait_job(place.one_job(), "Succeeded")
+
+
+def test_a_deadline_that_is_no_time_is_named(world: World, place: Place) -> None:
+    place.serving()
+    world.agents.do("notice", node="a", kind="Rebalance")
+    name = place.one_job()
+    place.wait_job(name, "Preparing")
+    place.patch_job(name, {"metadata": {"annotations": {"midstream.dev/deadline": "soon"}}})
+    status = place.wait_job(name, "Failed")
+    assert status["reason"] == "BadDeadline" and "midstream.dev/deadline" in status["message"]
+
+
+def test_an_operator_that_restarts_goes_on_preparing(world: World, place: Place) -> None:
+    place.serving()
+    world.agents.do("notice", node="a", kind="Rebalance")
+    name = place.one_job()
+    place.wait_job(name, "Preparing")
+    world.operators.stop_all()
+    before = len(calls(world, place, "Warm"))
+    world.operators.start("op")
+    wait_for("KV ahead once more", lambda: len(calls(world, place, "Warm")) > before)
     world.agents.do("notice", node="a", kind="SpotInterruption", left_s=120)
     place.wait_job(name, "Succeeded")
     assert len(place.jobs()) == 1

@@ -82,36 +82,59 @@ def test_without_a_target_until_the_end_it_is_said(world: World, place: Place) -
     assert status["reason"] == "DeadlinePassed" and "no other enabled pod" in status["message"]
 
 
-def test_a_rebalance_without_a_target_leaves_the_interruption_its_try(world: World, place: Place) -> None:
+def test_a_taint_alone_leaves_time_for_a_target_to_come(world: World, place: Place) -> None:
+    """It does not say until when: EC2's two minutes begin when it is seen."""
+    place.add_pod("llm-0", "a")
+    place.add_fip()
+    taints = {"spec": {"taints": [{"key": "aws-node-termination-handler/spot-itn", "effect": "NoSchedule"}]}}
+    world.plane.request("PATCH", "/api/v1/nodes/a", taints, MERGE)
+    name = place.one_job()
+    left = datetime.fromisoformat(place.job(name)["spec"]["deadline"]) - datetime.now(UTC)
+    assert timedelta(seconds=80) < left < timedelta(seconds=116)
+    wait_for("the reason", lambda: "no other enabled pod" in place.status(name).get("message", ""))
+    place.add_pod("llm-1", "b")
+    place.wait_job(name, "Succeeded")
+    assert len(place.jobs()) == 1
+
+
+def test_a_drain_without_a_deadline_waits_for_a_target_too(world: World, place: Place) -> None:
+    place.add_pod("llm-0", "a")
+    place.add_fip()
+    taints = {"spec": {"taints": [{"key": KARPENTER, "effect": "NoSchedule"}]}}
+    world.plane.request("PATCH", "/api/v1/nodes/a", taints, MERGE)
+    name = place.one_job()
+    wait_for("the reason", lambda: "no other enabled pod" in place.status(name).get("message", ""))
+    assert "deadline" not in place.job(name)["spec"] and place.status(name)["phase"] == "Pending"
+    place.add_pod("llm-1", "b")
+    place.wait_job(name, "Succeeded")
+    assert len(place.jobs()) == 1
+
+
+def test_a_rebalance_waits_for_a_target_and_the_interruption_says_how_long(world: World, place: Place) -> None:
     place.add_pod("llm-0", "a")
     place.add_fip()
     world.agents.do("notice", node="a", kind="Rebalance")
-    first = place.one_job()
-    assert place.wait_job(first, "Failed")["reason"] == "NoTarget"
-    place.add_pod("llm-1", "b")
-    notice(world, "a")
-    (second,) = wait_for("another job", lambda: [j for j in place.jobs() if j["metadata"]["name"] != first])
-    assert second["spec"]["reason"] == "SpotInterruption"
-    place.wait_job(second["metadata"]["name"], "Succeeded")
+    name = place.one_job()
+    wait_for("the reason", lambda: "no other enabled pod" in place.status(name).get("message", ""))
+    notice(world, "a", left_s=20)
+    wait_for("the deadline", lambda: "midstream.dev/deadline" in place.job(name)["metadata"].get("annotations", {}))
+    status = place.wait_job(name, "Failed")
+    assert status["reason"] == "DeadlinePassed" and "no other enabled pod" in status["message"]
 
 
-def test_a_target_that_goes_while_a_rebalance_is_prepared_is_given_up(world: World, place: Place) -> None:
-    """Prepared for b, then b itself is interrupted: the interruption of a must find c."""
+def test_a_target_that_goes_while_a_rebalance_is_prepared_is_replaced(world: World, place: Place) -> None:
+    """Prepared for b, then b itself is interrupted: c is prepared, and KV goes there, too."""
     place.serving()
     world.agents.do("notice", node="a", kind="Rebalance")
-    first = place.one_job()
-    place.wait_job(first, "Preparing")
-    notice(world, "b")
-    place.wait_job(first, "Aborted", "RolledBack")
+    name = place.one_job()
+    wait_for("KV at b", lambda: "of KV of 3 streams at b" in place.status(name).get("message", ""))
     place.add_pod("llm-2", "c")
+    notice(world, "b")
+    wait_for("KV at c", lambda: "of KV of 3 streams at c" in place.status(name).get("message", ""))
+    assert place.status(name)["target"]["podName"] == "llm-2"
     notice(world, "a")
-
-    def through() -> bool:
-        return any(j.get("status", {}).get("phase") == "Succeeded" for j in place.jobs())
-
-    wait_for("the streams elsewhere", through)
-    (moved,) = [j for j in place.jobs() if j["status"]["phase"] == "Succeeded"]
-    assert moved["status"]["target"]["podName"] == "llm-2"
+    assert place.wait_job(name, "Succeeded")["target"]["podName"] == "llm-2"
+    assert len(place.jobs()) == 1
 
 
 def test_an_eviction_a_taint_and_the_nodes_deletion_at_once_make_one_job(world: World, place: Place) -> None:

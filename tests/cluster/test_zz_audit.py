@@ -51,7 +51,7 @@ def test_every_right_was_used_and_nothing_else(
 ) -> None:
     rights, had = set(used(log)), granted(world)
     assert rights <= had
-    whole = {"test_migrations.py", "test_evictions.py", "test_floating_ips.py", "test_interruptions.py"}
+    whole = {f"test_{what}.py" for what in ("migrations", "evictions", "floating_ips", "interruptions", "capacity")}
     ran = {item.path.name for item in request.session.items}
     if whole <= ran:
         assert had - rights == set()

@@ -1558,6 +1558,47 @@ class Notice(_message.Message):
 Global___Notice: _TypeAlias = Notice  # noqa: Y015
 
 @_typing.final
+class MetadataRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MetadataRequest: _TypeAlias = MetadataRequest  # noqa: Y015
+
+@_typing.final
+class MetadataReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESSES_FIELD_NUMBER: _builtins.int
+    ABSENT_FIELD_NUMBER: _builtins.int
+    absent: _builtins.str
+    """why it says nothing; empty: it was asked and has answered"""
+    @_builtins.property
+    def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """of the interface, IPv4 and IPv6"""
+
+    def __init__(
+        self,
+        *,
+        addresses: _abc.Iterable[_builtins.str] | None = ...,
+        absent: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent", b"absent", "addresses", b"addresses"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MetadataReply: _TypeAlias = MetadataReply  # noqa: Y015
+
+@_typing.final
 class SurveyRequest(_message.Message):
     """---- figures for the planner ------------------------------------------------"""
 
@@ -1662,3 +1703,76 @@ class StreamFigures(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StreamFigures: _TypeAlias = StreamFigures  # noqa: Y015
+
+@_typing.final
+class WarmRequest(_message.Message):
+    """---- ahead of a move that may never come --------------------------------------"""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    POD_FIELD_NUMBER: _builtins.int
+    TARGET_POD_FIELD_NUMBER: _builtins.int
+    TARGET_NODE_FIELD_NUMBER: _builtins.int
+    ADDRESSES_FIELD_NUMBER: _builtins.int
+    KV_MODE_FIELD_NUMBER: _builtins.int
+    KV_BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    """of the move"""
+    epoch: _builtins.int
+    kv_mode: Global___KvMode.ValueType
+    kv_bytes_per_s: _builtins.int
+    """as in MigrateRequest"""
+    @_builtins.property
+    def pod(self) -> Global___PodRef: ...
+    @_builtins.property
+    def target_pod(self) -> Global___PodRef: ...
+    @_builtins.property
+    def target_node(self) -> Global___NodeRef: ...
+    @_builtins.property
+    def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """empty: every floating IP of the pod"""
+
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        pod: Global___PodRef | None = ...,
+        target_pod: Global___PodRef | None = ...,
+        target_node: Global___NodeRef | None = ...,
+        addresses: _abc.Iterable[_builtins.str] | None = ...,
+        kv_mode: Global___KvMode.ValueType = ...,
+        kv_bytes_per_s: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["pod", b"pod", "target_node", b"target_node", "target_pod", b"target_pod"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "epoch", b"epoch", "job_id", b"job_id", "kv_bytes_per_s", b"kv_bytes_per_s", "kv_mode", b"kv_mode", "pod", b"pod", "target_node", b"target_node", "target_pod", b"target_pod"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WarmRequest: _TypeAlias = WarmRequest  # noqa: Y015
+
+@_typing.final
+class WarmReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STREAMS_FIELD_NUMBER: _builtins.int
+    KV_FIELD_NUMBER: _builtins.int
+    streams: _builtins.int
+    @_builtins.property
+    def kv(self) -> Global___KvCounts: ...
+    def __init__(
+        self,
+        *,
+        streams: _builtins.int = ...,
+        kv: Global___KvCounts | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kv", b"kv"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv", b"kv", "streams", b"streams"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WarmReply: _TypeAlias = WarmReply  # noqa: Y015

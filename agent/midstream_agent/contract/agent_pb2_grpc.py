@@ -84,6 +84,16 @@ class AgentStub:
                 request_serializer=midstream__agent_dot_contract_dot_agent__pb2.SurveyRequest.SerializeToString,
                 response_deserializer=midstream__agent_dot_contract_dot_agent__pb2.SurveyReply.FromString,
                 _registered_method=True)
+        self.Warm = channel.unary_unary(
+                '/midstream.agent.v1.Agent/Warm',
+                request_serializer=midstream__agent_dot_contract_dot_agent__pb2.WarmRequest.SerializeToString,
+                response_deserializer=midstream__agent_dot_contract_dot_agent__pb2.WarmReply.FromString,
+                _registered_method=True)
+        self.Metadata = channel.unary_unary(
+                '/midstream.agent.v1.Agent/Metadata',
+                request_serializer=midstream__agent_dot_contract_dot_agent__pb2.MetadataRequest.SerializeToString,
+                response_deserializer=midstream__agent_dot_contract_dot_agent__pb2.MetadataReply.FromString,
+                _registered_method=True)
 
 
 class AgentServicer:
@@ -153,6 +163,21 @@ class AgentServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Warm(self, request, context):
+        """Copies the pod's KV to where it may go soon, and stops no stream: what comes is cache there. Ends early when the call
+        is cancelled; keeps nothing between two calls.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Metadata(self, request, context):
+        """What this node's instance metadata says of the interface that carries floating IPs. It may lag behind the network.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AgentServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -205,6 +230,16 @@ def add_AgentServicer_to_server(servicer, server):
                     servicer.Survey,
                     request_deserializer=midstream__agent_dot_contract_dot_agent__pb2.SurveyRequest.FromString,
                     response_serializer=midstream__agent_dot_contract_dot_agent__pb2.SurveyReply.SerializeToString,
+            ),
+            'Warm': grpc.unary_unary_rpc_method_handler(
+                    servicer.Warm,
+                    request_deserializer=midstream__agent_dot_contract_dot_agent__pb2.WarmRequest.FromString,
+                    response_serializer=midstream__agent_dot_contract_dot_agent__pb2.WarmReply.SerializeToString,
+            ),
+            'Metadata': grpc.unary_unary_rpc_method_handler(
+                    servicer.Metadata,
+                    request_deserializer=midstream__agent_dot_contract_dot_agent__pb2.MetadataRequest.FromString,
+                    response_serializer=midstream__agent_dot_contract_dot_agent__pb2.MetadataReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -477,6 +512,60 @@ class Agent:
             '/midstream.agent.v1.Agent/Survey',
             midstream__agent_dot_contract_dot_agent__pb2.SurveyRequest.SerializeToString,
             midstream__agent_dot_contract_dot_agent__pb2.SurveyReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Warm(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/midstream.agent.v1.Agent/Warm',
+            midstream__agent_dot_contract_dot_agent__pb2.WarmRequest.SerializeToString,
+            midstream__agent_dot_contract_dot_agent__pb2.WarmReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Metadata(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/midstream.agent.v1.Agent/Metadata',
+            midstream__agent_dot_contract_dot_agent__pb2.MetadataRequest.SerializeToString,
+            midstream__agent_dot_contract_dot_agent__pb2.MetadataReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -57,6 +57,12 @@ class AgentStub:
     """What this node's instance metadata says of its end: all that stands now, then each change; never ends by itself."""
     Survey: _grpc.UnaryUnaryMultiCallable[_agent_pb2.SurveyRequest, _agent_pb2.SurveyReply]
     """What a pod serves now, for the planner. Changes nothing."""
+    Warm: _grpc.UnaryUnaryMultiCallable[_agent_pb2.WarmRequest, _agent_pb2.WarmReply]
+    """Copies the pod's KV to where it may go soon, and stops no stream: what comes is cache there. Ends early when the call
+    is cancelled; keeps nothing between two calls.
+    """
+    Metadata: _grpc.UnaryUnaryMultiCallable[_agent_pb2.MetadataRequest, _agent_pb2.MetadataReply]
+    """What this node's instance metadata says of the interface that carries floating IPs. It may lag behind the network."""
 
 @_typing.type_check_only
 class AgentAsyncStub(AgentStub):
@@ -75,6 +81,12 @@ class AgentAsyncStub(AgentStub):
     """What this node's instance metadata says of its end: all that stands now, then each change; never ends by itself."""
     Survey: _aio.UnaryUnaryMultiCallable[_agent_pb2.SurveyRequest, _agent_pb2.SurveyReply]  # type: ignore[assignment]
     """What a pod serves now, for the planner. Changes nothing."""
+    Warm: _aio.UnaryUnaryMultiCallable[_agent_pb2.WarmRequest, _agent_pb2.WarmReply]  # type: ignore[assignment]
+    """Copies the pod's KV to where it may go soon, and stops no stream: what comes is cache there. Ends early when the call
+    is cancelled; keeps nothing between two calls.
+    """
+    Metadata: _aio.UnaryUnaryMultiCallable[_agent_pb2.MetadataRequest, _agent_pb2.MetadataReply]  # type: ignore[assignment]
+    """What this node's instance metadata says of the interface that carries floating IPs. It may lag behind the network."""
 
 class AgentServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -150,6 +162,24 @@ class AgentServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_agent_pb2.SurveyReply, _abc.Awaitable[_agent_pb2.SurveyReply]]:
         """What a pod serves now, for the planner. Changes nothing."""
+
+    @_abc_1.abstractmethod
+    def Warm(
+        self,
+        request: _agent_pb2.WarmRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_agent_pb2.WarmReply, _abc.Awaitable[_agent_pb2.WarmReply]]:
+        """Copies the pod's KV to where it may go soon, and stops no stream: what comes is cache there. Ends early when the call
+        is cancelled; keeps nothing between two calls.
+        """
+
+    @_abc_1.abstractmethod
+    def Metadata(
+        self,
+        request: _agent_pb2.MetadataRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_agent_pb2.MetadataReply, _abc.Awaitable[_agent_pb2.MetadataReply]]:
+        """What this node's instance metadata says of the interface that carries floating IPs. It may lag behind the network."""
 
 def add_AgentServicer_to_server(servicer: AgentServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 

@@ -39,6 +39,7 @@ seccompProfile: {type: RuntimeDefault}
 {{- define "midstream.config" -}}
 {{- $config := dict "namespace" .Release.Namespace "agentPort" .Values.agent.port "pools" .Values.pools "limits" .Values.limits -}}
 {{- $_ := set $config "certificates" .Values.tls.issuer -}}
+{{- $_ := set $config "handling" (dict "rebalance" .Values.rebalance.policy "capacity" .Values.rebalance.capacity) -}}
 {{- $_ := set $config "certificateDays" .Values.tls.days -}}
 {{- $aws := dict -}}
 {{- if .Values.aws.cluster -}}

@@ -66,6 +66,7 @@ class Ec2Provider:
         self._checked: set[str] = set()
         self._checking = asyncio.Lock()
         self._epochs: dict[str, int] = {}
+        self._doubted: dict[str, str] = {}  # address -> what the last `confirm` missed
         self._batches: dict[str, _Batch] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -99,7 +100,8 @@ class Ec2Provider:
         for subnet, chosen in self._by_subnet(addresses).items():
             target = await self.interfaces.of(instance_id(place.provider_id), subnet)
             unsure = self.inventory.unsure
-            missing = [address for address in chosen if address not in target.addresses or address in unsure]
+            doubted = unsure | self._doubted.keys()  # a yes that did not happen is asked for once more
+            missing = [address for address in chosen if address not in target.addresses or address in doubted]
             if not missing:
                 continue
             holders = await self._holders(missing)
@@ -111,21 +113,34 @@ class Ec2Provider:
             if sixes:
                 await self._move_ipv6(target, sixes, holders)
 
-    async def confirm(self, addresses: Sequence[str], place: Place) -> bool:
+    async def confirm(self, addresses: Sequence[str], place: Place, *, proved: bool | None = None) -> bool:
+        why = await self._missing(addresses, place, proved)
+        for address in addresses:
+            self._doubted.pop(address, None)
+            if why:
+                self._doubted[address] = why
+        return not why
+
+    def why_not(self, addresses: Sequence[str]) -> str:
+        return "; ".join(sorted({self._doubted[a] for a in addresses if a in self._doubted}))
+
+    async def _missing(self, addresses: Sequence[str], place: Place, proved: bool | None) -> str:
+        """The witness that does not say so. Packets have the last word: IMDS may lag behind them for long."""
         instance = instance_id(place.provider_id)
         holders = await self.inventory.holders(addresses)
         if not all(a in holders and holders[a].instance == instance for a in addresses):
-            return False
-        by_path = await self._path(addresses, place) if self._path else None
+            return f"EC2's listing does not have it on {instance}"
+        by_path = await self._path(addresses, place) if self._path and proved is None else proved
         if by_path is not None:
-            return by_path  # packets have the last word: IMDS may lag behind them for long
+            return "" if by_path else "EC2 says that it has moved, and no packet takes the new path"
         by_imds = await self._imds(addresses, place) if self._imds else None
-        return by_imds is not False
+        return "EC2 says that it has moved, and the instance's own metadata does not" if by_imds is False else ""
 
     async def release(self, addresses: Sequence[str], place: Place, epoch: int) -> None:
         self._admit(addresses, epoch)
         for address, holder in (await self._holders(addresses)).items():
             await self._unassign(holder, [address])
+            self._doubted.pop(address, None)
 
     # -- NodeWitness
 

@@ -27,7 +27,10 @@ class L2Provider:
     async def assign(self, addresses: Sequence[str], place: Place, epoch: int) -> None:
         """The agent announces them as soon as they are attached."""
 
-    async def confirm(self, addresses: Sequence[str], place: Place) -> bool:
+    def why_not(self, addresses: Sequence[str]) -> str:
+        return ""
+
+    async def confirm(self, addresses: Sequence[str], place: Place, *, proved: bool | None = None) -> bool:
         reply = await self._agents.describe(place.node)
         return set(addresses) <= set(reply.floating_addresses)
 

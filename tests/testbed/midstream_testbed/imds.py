@@ -33,7 +33,7 @@ class Metadata:
 
     instance_id: str
     paths: dict[str, str] = field(default_factory=dict)
-    addresses: Callable[[], dict[str, list[str]]] | None = None  # MAC -> local-ipv4s
+    addresses: Callable[[], dict[str, list[str]]] | None = None  # MAC -> local-ipv4s and ipv6s
     status: int = 0  # answer everything with this error; 0: answer
     silent: bool = False  # take the connection and say nothing
     asked: list[str] = field(default_factory=list)
@@ -81,7 +81,9 @@ class Metadata:
             return 401, "Unauthorized"
         known = {"instance-id": self.instance_id, "placement/availability-zone": "eu-west-1a", **self.paths}
         for mac, ips in (self.addresses() if self.addresses else {}).items():
-            known[f"network/interfaces/macs/{mac}/local-ipv4s"] = "\n".join(ips)
+            for kind, six in (("local-ipv4s", False), ("ipv6s", True)):
+                if mine := [ip for ip in ips if (":" in ip) is six]:
+                    known[f"network/interfaces/macs/{mac}/{kind}"] = "\n".join(mine)
         wanted = path.removeprefix(PREFIX)
         return (200, known[wanted]) if path.startswith(PREFIX) and wanted in known else (404, "Not Found")
 

@@ -8,7 +8,6 @@ other: ``python relay.py FD HOST PORT``. Half-closed connections stay half close
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 import sys
 
@@ -30,20 +29,26 @@ async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, host
         writer.transport.abort()  # nobody listens there: the client sees a reset, as it would have
         return
     try:
-        await asyncio.gather(pump(reader, onward_writer), pump(onward_reader, writer))
-    except OSError:
+        async with asyncio.TaskGroup() as both:
+            both.create_task(pump(reader, onward_writer))
+            both.create_task(pump(onward_reader, writer))
+    except* OSError:
         writer.transport.abort()
         onward_writer.transport.abort()
     finally:
-        for end in (writer, onward_writer):
-            end.close()
-            with contextlib.suppress(OSError):
-                await end.wait_closed()
+        writer.close()
+        onward_writer.close()
 
 
 async def serve(listener: socket.socket, host: str, port: int) -> None:
-    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await relay(reader, writer, host, port)
+    """Until cancelled. The loop itself knows tasks weakly, and streams forget theirs when one side is lost: a relay
+    whose other side is open still would be collected as garbage in the middle of what it does."""
+    relays: set[asyncio.Task[None]] = set()
+
+    def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.get_running_loop().create_task(relay(reader, writer, host, port), name="relay")
+        relays.add(task)
+        task.add_done_callback(relays.discard)
 
     server = await asyncio.start_server(accept, sock=listener, backlog=512)
     await server.serve_forever()

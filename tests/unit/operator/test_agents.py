@@ -46,7 +46,7 @@ async def agents(folder: Path) -> AsyncIterator[Agents]:
     port = server.add_secure_port("127.0.0.1:0", credentials)
     await server.start()
     view = View()
-    view.agent_pods["agent"] = Agent(NODE, f"127.0.0.1:{port}", True, "agent")
+    view.put_agent("agent", Agent(NODE, f"127.0.0.1:{port}", True, "agent"))
     found = Agents(Settings(tls=TlsFiles(authority.ca, own, own_key)), view)
     try:
         yield found

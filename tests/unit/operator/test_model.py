@@ -90,7 +90,7 @@ def test_an_agents_endpoint_is_its_pods_address() -> None:
 def test_during_a_rolling_update_the_ready_agent_is_asked() -> None:
     view = View()
     for name, ready in (("old", False), ("new", True)):
-        view.agent_pods[name] = Agent.of(pod_object(name, "b", ready=ready), 1)
+        view.put_agent(name, Agent.of(pod_object(name, "b", ready=ready), 1))
     agent = view.agent("b")
     assert agent is not None
     assert agent.pod == "new"

@@ -71,6 +71,15 @@ class Fleet:
         self.targets = [Target(f"pod-{name}", name, 40 * GIB, 12, 8000.0) for name in list(self.nodes)[self.doomed :]]
         self.free = {target.pod: 12 for target in self.targets}
 
+    async def ready(self) -> None:
+        """Whatever the operator has long before a notice comes."""
+
+    async def done(self) -> None:
+        """What `ready` opened is closed."""
+
+    def note_planned(self, node: str) -> None:
+        self.planned_at_s[node] = time.monotonic()
+
     def instance(self, node: str) -> str:
         return self.nodes[node].provider_id.rpartition("/")[2]
 
@@ -101,7 +110,7 @@ class Fleet:
             )
         )  # fmt: skip
         self.plans[node] = made
-        self.planned_at_s[node] = time.monotonic()
+        self.note_planned(node)
         target = made.moving[0].target
         assert target is not None
         self.free[target.pod] -= 1
@@ -141,6 +150,7 @@ async def interrupt(fleet: Fleet, queue: FastQueue, url: str, ec2: Ec2Settings, 
     async def handle(notice: Notice) -> None:
         await fleet.handle(notice, provider)
 
+    await fleet.ready()
     at = datetime.now(UTC)
     deadline = at + timedelta(seconds=120)
     doomed = fleet.interrupted()
@@ -161,6 +171,7 @@ async def interrupt(fleet: Fleet, queue: FastQueue, url: str, ec2: Ec2Settings, 
         listening.cancel()
         await asyncio.gather(listening, return_exceptions=True)
         await provider.close()
+        await fleet.done()
     return source
 
 

@@ -367,6 +367,28 @@ def test_three_witnesses(world: World, imds: bool | None, path: bool | None, con
     assert world.run(work, imds=yes(imds), path=yes(path)) is confirmed
 
 
+def test_packets_that_agents_have_seen_go_before_a_stale_imds(world: World) -> None:
+    async def work(provider: Ec2Provider) -> tuple[bool, bool]:
+        await provider.assign([FIP], world.place("a"), 1)
+        there = await provider.confirm([FIP], world.place("a"), proved=True)
+        return there, await provider.confirm([FIP], world.place("b"), proved=True)
+
+    assert world.run(work, imds=yes(False)) == (True, False), "and EC2's listing before both"
+
+
+@pytest.mark.parametrize(("imds", "calls"), [(True, 1), (False, 2), (None, 1)])
+def test_a_move_that_a_witness_denies_is_asked_for_again_and_named(world: World, imds: bool | None, calls: int) -> None:
+    async def work(provider: Ec2Provider) -> str:
+        await provider.assign([FIP], world.place("a"), 1)
+        await provider.confirm([FIP], world.place("a"))
+        await provider.assign([FIP], world.place("a"), 1)
+        return provider.why_not([FIP])
+
+    why = world.run(work, imds=yes(imds))
+    assert world.mutations().count("AssignPrivateIpAddresses") == calls
+    assert ("the instance's own metadata does not" in why) is (imds is False)
+
+
 # -- EC2 has a bad day
 
 

@@ -102,7 +102,9 @@ def test_a_policy_that_is_none_is_refused() -> None:
 
 def test_an_interruption_during_a_rebalances_preparation_commits_it() -> None:
     prepared = job(reason=Reason.REBALANCE)
-    assert steps(jobs=[prepared])[1:] == [Commit(prepared)]
+    assert steps(jobs=[prepared])[1:] == [Commit(prepared, END - timedelta(seconds=SETTINGS.margin_s))]
+    other = replace(SPOT, node="node-b", instance_id="i-b")
+    assert steps(other, [], [prepared])[1:] == [], "while it stands by it finds another target itself"
     assert steps(jobs=[replace(prepared, committed=True)])[1:] == []
 
 

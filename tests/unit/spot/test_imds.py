@@ -18,6 +18,7 @@ from midstream_agent.contract import agent_pb2_grpc as rpc
 from midstream_agent.imds import Imds
 from midstream_agent.notices import Board, NoticesMixin, watch
 from midstream_agent.settings import ImdsSettings
+from midstream_agent.witness import AddressWitness
 from midstream_operator.errors import Retryable
 from midstream_operator.notices.agents import AgentSource
 from midstream_operator.notices.base import Notice, NoticeKind
@@ -81,6 +82,32 @@ def test_what_the_answers_say() -> None:
 
 def test_the_kinds_are_the_operators() -> None:
     assert {notices.SPOT, notices.REBALANCE, notices.MAINTENANCE, notices.LIFECYCLE} <= set(NoticeKind)
+
+
+# -- the interface's addresses
+
+MAC = "0a:00:00:00:00:01"
+
+
+def seen(settings: ImdsSettings, mac: str = MAC) -> pb.MetadataReply:
+    return asyncio.run(AddressWitness(settings, mac).ask())
+
+
+def test_the_interfaces_addresses_of_both_families(server: ImdsServer, metadata: Metadata) -> None:
+    metadata.addresses = lambda: {MAC: ["10.0.0.5", "10.0.0.97", "fd00::101"], "0a:00:00:00:00:02": ["10.0.0.9"]}
+    assert list(seen(settings_of(server)).addresses) == ["10.0.0.5", "10.0.0.97", "fd00::101"]
+    metadata.addresses = lambda: {MAC: ["10.0.0.5"]}
+    reply = seen(settings_of(server))
+    assert (list(reply.addresses), reply.absent) == (["10.0.0.5"], ""), "it left, or has not come yet"
+
+
+def test_a_witness_that_cannot_say_says_why(server: ImdsServer, metadata: Metadata) -> None:
+    assert "--imds-host is not set" in seen(ImdsSettings()).absent
+    assert seen(settings_of(server)).absent == f"IMDS knows no interface {MAC}"
+    metadata.status = 500
+    assert seen(settings_of(server)).absent.startswith("imds_unavailable: ")
+    metadata.silent = True
+    assert seen(settings_of(server)).absent.startswith("imds_unavailable: ")
 
 
 # -- asking
@@ -230,7 +257,7 @@ class Agents:
         port = server.add_insecure_port(f"127.0.0.1:{port}")
         await server.start()
         self.servers.append(server)
-        self.view.agent_pods[node] = Agent(node, f"127.0.0.1:{port}", True, f"agent-{node}")
+        self.view.put_agent(node, Agent(node, f"127.0.0.1:{port}", True, f"agent-{node}"))
         return port
 
     async def stop(self) -> None:
