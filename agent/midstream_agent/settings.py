@@ -44,7 +44,9 @@ class Timeouts:
     probe_interval_max_ms: float = 50.0
     retry_s: float = 0.2  # between two tries of what must succeed (COMMIT, DISCARD)
     retry_max_s: float = 2.0
-    tunnel_probe_s: float = 1.0  # a round trip between two nodes, several times over
+    tunnel_probe_s: float = 1.0  # a round trip between two nodes, many times over
+    tunnel_probe_interval_ms: float = 5.0  # first probe of the tunnel; doubles up to the next line
+    tunnel_probe_interval_max_ms: float = 25.0  # 42 probes in all: where 5 of 9 fail, all do 1 time in 10^10
     remaining_poll_s: float = 0.2  # streams that finish at the source: how often they are counted
     orphan_linger_s: float = 120.0  # address here, its former node silent: its streams are over by then
     moved_linger_s: float = 60.0  # late packets of a moved flow must not reach the old listener

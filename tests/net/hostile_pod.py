@@ -22,7 +22,7 @@ from typing import Any
 from line_pod import DeafHandoff, LineApp, LineHandler, tell
 from midstream_runtime.contract import handoff as wire
 from midstream_runtime.handoff import Connection, Handler
-from midstream_runtime.handoff import server as library
+from midstream_runtime.handoff import answering as library
 
 F_ADD_SEALS, SEAL_SHRINK = 1033, 0x0002
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
@@ -184,15 +184,15 @@ async def send(sock: socket.socket, header: dict[str, Any], reply: Any) -> None:
     if misdeed == "frames_of_fds":
         body = frame(header, fds=250, more=True)
         while True:
-            await library._send_first(sock, body, [sock.fileno()] * 250)
+            await library.send_first(sock, body, [sock.fileno()] * 250)
     await asyncio.sleep(3600)  # frame_never: and the agent waits
 
 
-library_send = library._send
+library_send = library.send
 
 
 async def main(port: int) -> None:
-    library._send = send
+    library.send = send
     app = HostileApp()
     app.handoff = Hostile(app)
     app.handoff.listen("::", port, path_mtu_bytes=int(os.environ["PATH_MTU"]))
