@@ -11,6 +11,7 @@ import array
 import asyncio
 import os
 import socket
+import struct
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -53,6 +54,7 @@ class HandoffClient:
         sock.setblocking(False)
         self._max_fds = (limits or Limits()).streams_per_job
         self._sock = sock
+        self.server_pid: int = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
         self._timeout_s = timeout_s
         self._lock = asyncio.Lock()
         self._next_id = 0
@@ -72,6 +74,11 @@ class HandoffClient:
     def broken(self) -> bool:
         """A request was cut off in its middle: only a new connection can go on."""
         return self._broken
+
+    async def cut_off(self) -> bool:
+        """The same; a request that is under way is waited for."""
+        async with self._lock:
+            return self._broken
 
     def close(self) -> None:
         for fd in self._fds:

@@ -315,6 +315,10 @@ def _undone(job: SourceJob, e: saga.Failed) -> None:
     report.reason = e.cause.code
     report.streams.rolled_back = report.streams.total - report.streams.unmovable if not refused else 0
     report.message = f"{e.step}: {e.cause.message}"
+    if job.pod_gone:
+        report.phase, report.reason = pb.PHASE_FAILED, "source_pod_gone"
+        report.streams.lost, report.streams.rolled_back = report.streams.total - report.streams.unmovable, 0
+        report.message += "; what served at the source has ended, and with it its streams"
 
 
 def _failed(job: SourceJob, e: MidstreamError) -> None:

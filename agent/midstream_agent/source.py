@@ -82,6 +82,8 @@ class SourceJob:
     moving: bool = False
     discarded: bool = False
     peer_gone: str = ""
+    pod_gone: bool = False
+    """The process that served the streams at the source has ended, and those that it still had are lost."""
     abort_asked: bool = False
     frozen_at: float = 0.0
     clients_wait: bool = False

@@ -12,16 +12,16 @@ from midstream_runtime.contract.errors import Final
 
 from midstream_agent import pods, tcp
 from midstream_agent.bring_up import bring_up
-from midstream_agent.handoff import HandoffClient
 from midstream_agent.hold import FLOW_FROZEN, FLOW_HELD
 from midstream_agent.source import SourceJob, count_broken
+from midstream_agent.source_prepare import resume
 
 # -- PAUSE -------------------------------------------------------------------------------------------------
 
 
 async def pause(job: SourceJob) -> None:
     """Take the streams from the pod at a token boundary; refuse by name what cannot move."""
-    at, handoff = job.live_pod()
+    at, _ = job.live_pod()
     job.clients_wait = True
     job.paused_ms = job.clock.now_ms()
     while True:
@@ -37,7 +37,7 @@ async def pause(job: SourceJob) -> None:
         job.report.unmovable_reasons.extend(sorted({r for r in reasons if r}))
         job.report.streams.unmovable += sum(1 for r in reasons if r)
         job.excluded |= {i for i, r in zip(_ids(job), reasons, strict=True) if r}
-        await _resume(job, handoff)
+        await _resume(job)
 
 
 async def _ask_pause(job: SourceJob) -> None:
@@ -57,14 +57,13 @@ def _ids(job: SourceJob) -> list[int]:
     return [int(s["id"]) for s in job.hello["paused"]]
 
 
-async def _resume(job: SourceJob, handoff: HandoffClient) -> None:
-    await handoff.ask("resume", {"job": job.request.job_id})
+async def _resume(job: SourceJob) -> None:
+    await resume(job)
     job._close_fds()
 
 
 async def unpause(job: SourceJob) -> None:
-    _, handoff = job.live_pod()
-    await _resume(job, handoff)
+    await _resume(job)
     job.clients_wait = False
 
 
@@ -84,7 +83,7 @@ async def hold(job: SourceJob) -> None:
                 raise
         await unhold(job)
         job.keys = b""
-        await _resume(job, job.live_pod()[1])
+        await _resume(job)
         await pause(job)
 
 

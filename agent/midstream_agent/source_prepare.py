@@ -137,19 +137,41 @@ async def _copy_ahead(job: SourceJob) -> None:
 
 async def streams_left(job: SourceJob) -> list[dict[str, Any]]:
     """What the pod still serves; none once it has gone. A slow pod is asked again, over a new connection."""
-    at, handoff = job.live_pod()
+    at, _ = job.live_pod()
     try:
-        if handoff.broken:
-            handoff.close()
-            sock = pods.connect_handoff(at.pod, job.node.settings.handoff_path)
-            job.handoff = handoff = HandoffClient(sock, job.node.settings.timeouts.handoff_s)
-        answer = await handoff.ask("streams", {"addresses": job.addresses})
+        answer = await (await _connected(job)).ask("streams", {"addresses": job.addresses})
     except MidstreamError as e:
         if at.pod.pids():
             raise Retryable(e.code, e.message) from e
         job.note("RELEASE", "pod gone", "the source pod has gone, and with it the streams that had not moved")
         return []
     return list(answer.header["streams"])
+
+
+async def _connected(job: SourceJob) -> HandoffClient:
+    """The pod's handoff, over a new connection where the old one broke."""
+    at, handoff = job.live_pod()
+    if await handoff.cut_off():
+        handoff.close()
+        sock = pods.connect_handoff(at.pod, job.node.settings.handoff_path)
+        job.handoff = handoff = HandoffClient(sock, job.node.settings.timeouts.handoff_s)
+    return handoff
+
+
+async def resume(job: SourceJob) -> None:
+    """The pod goes on with the streams that it has. One whose serving process has ended is not asked for ever: there is
+    nothing left to go on with, also where another process has taken its place, and the job has to end."""
+    at, handoff = job.live_pod()
+    job.pod_gone = job.pod_gone or handoff.server_pid not in at.pod.pids()
+    if job.pod_gone:
+        job.note("PAUSE", "pod gone", "what served at the source has ended, and with it its streams")
+        return
+    try:
+        await (await _connected(job)).ask("resume", {"job": job.request.job_id})
+    except Final as e:
+        if e.code == "no_handoff":  # it is ending, or its pod is
+            raise Retryable(e.code, e.message) from e
+        raise
 
 
 async def remaining_streams(job: SourceJob) -> list[dict[str, Any]]:
@@ -315,4 +337,4 @@ async def unprepare(job: SourceJob) -> None:
         job.node.hold.del_addr(address)
     await end_copy(job)
     if job.handoff is not None:
-        await job.handoff.ask("resume", {"job": job.request.job_id})
+        await resume(job)

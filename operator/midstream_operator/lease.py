@@ -54,7 +54,7 @@ def next_term(recorded: int, now_ms: int) -> int:
 class Lease:
     """Takes the Lease, keeps it, says when it is lost. `held` is what every writer asks."""
 
-    kube: Kube
+    kube: Kube  # with connections of its own: a thousand jobs that write must not keep the renewal waiting
     settings: Settings
     epochs: Epochs | None = None
     _observed: tuple[str, float] = ("", 0.0)  # (renewTime as written, when we saw it): clocks may differ
@@ -103,7 +103,7 @@ class Lease:
         path = leases(self.settings.namespace, NAME)
         try:
             try:
-                found = await self.kube.get(path)
+                found = await self.kube.request("GET", path, timeout_s=self._patience_s)
             except KubeError as e:
                 if e.status != NOT_FOUND:
                     raise
@@ -118,6 +118,11 @@ class Lease:
             return self.held
         self._renewed = began
         return True
+
+    @property
+    def _patience_s(self) -> float:
+        """With one request: a lost one leaves time for another try."""
+        return self.settings.timeouts.lease_give_up_s / 3
 
     def _ours(self, found: Json) -> bool:
         return self.epochs is not None and found["spec"].get("holderIdentity") == self.settings.identity
@@ -151,5 +156,6 @@ class Lease:
         meta["annotations"] = {**(meta.get("annotations") or {}), TERM: str(epochs.first)}
         body = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": meta, "spec": spec}
         # with the resource version that was read: of two that try at once, one gets a conflict
-        await (self.kube.replace(path, body) if found else self.kube.create(leases(self.settings.namespace), body))
+        method, where = ("PUT", path) if found else ("POST", leases(self.settings.namespace))
+        await self.kube.request(method, where, body, timeout_s=self._patience_s)
         self.epochs = epochs

@@ -79,7 +79,7 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
 class Operator:
     """One replica: its parts, and how they start and end."""
 
-    def __init__(self, settings: Settings, kube: Kube, authority: Pair | None = None) -> None:
+    def __init__(self, settings: Settings, kube: Kube, lease_kube: Kube, authority: Pair | None = None) -> None:
         view = View()
         agents = Agents(settings, view)
         metrics = Metrics()
@@ -90,7 +90,7 @@ class Operator:
             kube,
             view,
             agents,
-            Lease(kube, settings),
+            Lease(lease_kube, settings),
             Recorder(kube, settings.identity),
             metrics,
             {"l2": L2Provider(agents), **({"ec2": self._ec2} if self._ec2 else {})},
@@ -234,12 +234,13 @@ async def _named(work: Awaitable[Any]) -> Any:
 
 
 async def run(settings: Settings) -> None:
-    kube = await connect()
+    kube, lease_kube = await connect(), await connect()
     try:
         authority = await certificates.prepare(kube, settings) if settings.certificates == "operator" else None
-        await Operator(settings, kube, authority).run()
+        await Operator(settings, kube, lease_kube, authority).run()
     finally:
         await kube.close()
+        await lease_kube.close()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

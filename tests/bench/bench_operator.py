@@ -17,8 +17,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from midstream_testbed.cluster import BINARIES  # noqa: E402
 
 CONNECTIONS = 8
 PODS_PER_NODE = 20
+QUIET_S = 2.0  # without a request: what was to be written is written
 Json = dict[str, Any]
 
 
@@ -41,12 +43,13 @@ class Writers:
         self._plane = world.plane
         self._own = threading.local()
 
+    def connection(self) -> http.client.HTTPSConnection:
+        return http.client.HTTPSConnection("127.0.0.1", self._plane.port, context=self._plane.context(), timeout=300)
+
     def request(self, method: str, path: str, body: Json, content: str = "application/json") -> Json:
         connection: http.client.HTTPSConnection | None = getattr(self._own, "connection", None)
         if connection is None:
-            connection = self._own.connection = http.client.HTTPSConnection(
-                "127.0.0.1", self._plane.port, context=self._plane.context(), timeout=60
-            )
+            connection = self._own.connection = self.connection()
         connection.request(method, path, json.dumps(body), {"Content-Type": content})
         answer = connection.getresponse()
         data: Json = json.loads(answer.read())
@@ -119,34 +122,60 @@ class Fleet:
     def _count(self, plural: str, good: Callable[[Json], bool]) -> int:
         return sum(good(o) for o in self.world.plane.request("GET", self.place.path(plural))["items"])
 
-    def migrate(self) -> tuple[dict[str, float], float]:
-        """Seconds from each job's creation until its plan was seen, and until the last one has succeeded."""
-        created: dict[str, float] = {}
-        planned: dict[str, float] = {}
-        began = time.monotonic()
+    def migrate(self, pods: Sequence[str]) -> Times:
+        """A job for each of these pods, all at once, to the end of the last one."""
+        version = self.world.plane.request("GET", self.place.path("migrationjobs"))["metadata"]["resourceVersion"]
+        times = Times()
 
         def create(i: int) -> None:
-            spec = {"source": {"podName": f"s{i}"}}
-            self.writers.request("POST", self.place.path("migrationjobs"), self._object("MigrationJob", f"j{i}", spec))
-            created[f"j{i}"] = time.monotonic()
+            body = self._object("MigrationJob", f"j-{pods[i]}", {"source": {"podName": pods[i]}})
+            self.writers.request("POST", self.place.path("migrationjobs"), body)
+            times.created[f"j-{pods[i]}"] = time.monotonic()
 
-        maker = threading.Thread(target=self.writers.all, args=(create, range(self.jobs)))
+        maker = threading.Thread(target=self.writers.all, args=(create, range(len(pods))))
         maker.start()
-        while True:
-            phases: collections.Counter[str] = collections.Counter()
-            for job in self.world.plane.request("GET", self.place.path("migrationjobs"))["items"]:
-                status = job.get("status", {})
-                phases[status.get("phase", "")] += 1
-                if status.get("plan"):
-                    planned.setdefault(job["metadata"]["name"], time.monotonic())
-            ended = phases["Succeeded"] + phases["Failed"] + phases["RolledBack"]
-            if ended == self.jobs:
-                break
-            time.sleep(0.3)
+        self._follow(version, times, len(pods))
         maker.join()
-        if phases["Succeeded"] != self.jobs:
-            raise RuntimeError(f"not all succeeded: {dict(phases)}")
-        return {name: planned[name] - at for name, at in created.items()}, time.monotonic() - began
+        if times.phases.keys() != {"Succeeded"}:
+            raise RuntimeError(f"not all succeeded: {dict(times.phases)}")
+        return times
+
+    def _follow(self, version: str, times: Times, jobs: int) -> None:
+        """By a watch: asking again and again for a thousand jobs would be the API server's greatest load."""
+        connection = self.writers.connection()
+        lines: Iterator[bytes] = iter(())
+        while len(times.ended) < jobs:
+            line = next(lines, b"")
+            if not line:  # ended by the server, which does that to whoever reads too slowly
+                connection.close()
+                connection.request("GET", f"{self.place.path('migrationjobs')}?watch=true&resourceVersion={version}")
+                lines = iter(connection.getresponse())
+                continue
+            job = json.loads(line)["object"]
+            version = job["metadata"]["resourceVersion"]
+            name, status, at = job["metadata"]["name"], job.get("status", {}), time.monotonic()
+            if status.get("plan"):
+                times.planned.setdefault(name, at)
+            if status.get("completionTime") and name not in times.ended:
+                times.ended[name] = at
+                times.phases[status["phase"]] += 1
+        connection.close()
+
+
+@dataclass
+class Times:
+    """Of jobs by name, monotonic."""
+
+    created: dict[str, float] = field(default_factory=dict)
+    planned: dict[str, float] = field(default_factory=dict)
+    ended: dict[str, float] = field(default_factory=dict)
+    phases: collections.Counter[str] = field(default_factory=collections.Counter)
+
+    def to_plan_s(self) -> list[float]:
+        return [self.planned[name] - at for name, at in self.created.items()]
+
+    def all_s(self) -> float:
+        return max(self.ended.values()) - min(self.created.values())
 
 
 def _ready(obj: Json) -> bool:
@@ -158,6 +187,57 @@ def memory_mb(pid: int, what: str) -> float:
     return int(text.partition(f"{what}:")[2].split()[0]) / 1024
 
 
+class Requests:
+    """What the operator asks of the API server, from the audit log, since this was made."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._before = self._settled()
+
+    def all(self) -> list[Json]:
+        """With what it does afterwards: Events are posted in the background, one after the other."""
+        return self._work()[: self._settled()][self._before :]
+
+    def _settled(self) -> int:
+        count = -1
+        while count != (count := len(self._work())):
+            time.sleep(QUIET_S)
+        return count
+
+    def _work(self) -> list[Json]:
+        """Without what it does all the time, job or no job."""
+        audit = self._world.plane.audit(ACCOUNT)
+        return [e for e in audit if e.get("objectRef", {}).get("resource") != "leases" and e["verb"] != "watch"]
+
+
+def measure(world: World, fleet: Fleet) -> list[Json]:
+    """First one job alone, for comparison, then all others at once."""
+    attach_s = fleet.attach()
+    pid = world.operators.running["op"].pid
+    rss = memory_mb(pid, "VmRSS")
+    first, *others = (f"s{i}" for i in range(fleet.jobs))
+    requests = Requests(world)
+    alone_s = fleet.migrate([first]).to_plan_s()[0]
+    alone = len(requests.all())
+    requests = Requests(world)
+    times = fleet.migrate(others)
+    seconds, asked = times.to_plan_s(), requests.all()
+    lists = sum(entry["verb"] == "list" for entry in asked)
+    small = ("before the jobs", rss)
+    return [
+        row("job_to_plan", "s", seconds, 10.0, ("one job alone", alone_s), value=max(seconds)),
+        row("all_jobs", "s", [times.all_s()], 120.0, ("all addresses attached", attach_s)),
+        row("api_requests_a_job", "requests", [len(asked) / len(others)], 16.0, ("one job alone", alone)),
+        row("api_lists", "requests", [lists], 0.0, ("one a job", len(others))),
+        row("rss", "MB", [memory_mb(pid, "VmRSS")], 250.0, small),
+        row("rss_peak", "MB", [memory_mb(pid, "VmHWM")], 250.0, small),
+    ]
+
+
+def row(name: str, unit: str, values: list[float], goal: float, beside: tuple[str, float], **more: float) -> Json:
+    return rows.row(name, unit, values, goal, "lower", reference=beside[0], reference_value=beside[1], **more)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1000)
@@ -165,32 +245,15 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, World.create(Path(folder), BINARIES) as world:
         world.operators.config["pools"].append({"name": "large", "provider": "l2", "cidrs": ["10.96.128.0/20"]})
-        world.operators.config["limits"] = {"jobs": 10_000, "jobsPerNode": 10_000}
+        world.operators.config["limits"] = {"jobs": 10_000, "jobsPerNode": 10_000}  # none has to wait for another
         world.operators.config["timeouts"] = {}
-        with world.namespace() as place:
-            fleet = Fleet(world, place, args.jobs)
-            fleet.build(args.foreign)
-            world.operators.start("op")
-            world.operators.ensure()
-            attach_s = fleet.attach()
-            pid = world.operators.running["op"].pid
-            before = len(world.plane.audit(ACCOUNT))
-            planned, all_s = fleet.migrate()
-            requests = len(world.plane.audit(ACCOUNT)) - before
-            seconds = list(planned.values())
-            rows.write(
-                "operator",
-                [
-                    rows.row("job_to_plan", "s", seconds, 10.0, "lower", value=max(seconds)),
-                    rows.row(
-                        "all_jobs", "s", [all_s], 120.0, "lower", reference="attach all", reference_value=attach_s
-                    ),
-                    rows.row("api_requests_a_job", "requests", [requests / args.jobs], 16.0, "lower"),
-                    rows.row("rss", "MB", [memory_mb(pid, "VmRSS")], 250.0, "lower"),
-                    rows.row("rss_peak", "MB", [memory_mb(pid, "VmHWM")], 250.0, "lower"),
-                ],
-            )
-            world.operators.stop_all()
+        world.plane.kubectl("create", "namespace", "bench")
+        fleet = Fleet(world, Place(world, "bench"), args.jobs)
+        fleet.build(args.foreign)
+        world.operators.start("op")
+        world.operators.ensure()
+        rows.write("operator", measure(world, fleet))
+        world.operators.stop_all()
     return 0
 
 

@@ -30,6 +30,11 @@ from midstream_agent.notices import Board, Said
 
 PORT = 9443
 OPERATOR = "midstream-operator"
+OPTIONS = [
+    ("grpc.http2.min_ping_interval_without_data_ms", 1000),  # as the real agent's
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.so_reuseport", 0),  # the port of another test run's agent is no port to share
+]
 JOB_ID = re.compile(r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$")
 STEPS = (
     ("CONNECT", pb.PHASE_PREPARING),
@@ -99,7 +104,7 @@ class SimulatedAgent(rpc.AgentServicer):
         tls = self.town.tls
         key, cert = (tls / f"{self.node}.key").read_bytes(), (tls / f"{self.node}.pem").read_bytes()
         credentials = grpc.ssl_server_credentials([(key, cert)], (tls / "ca.pem").read_bytes(), True)
-        self.server = aio.server()
+        self.server = aio.server(options=OPTIONS)
         rpc.add_AgentServicer_to_server(self, self.server)
         self.server.add_secure_port(f"{self.address}:{PORT}", credentials)
         await self.server.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator
@@ -63,14 +64,27 @@ def rendered(plane: ControlPlane, *options: str) -> list[Json]:
     return [document for document in yaml.safe_load_all(done.stdout) if document]
 
 
+@contextlib.contextmanager
+def made(plane: ControlPlane, objects: list[Json]) -> Iterator[None]:
+    text = "\n---\n".join(json.dumps(document) for document in objects)
+    plane.kubectl("create", "--validate=strict", "-n", NAMESPACE, "-f", "-", input=text)
+    try:
+        yield
+    finally:
+        plane.kubectl("delete", "-n", NAMESPACE, "-f", "-", input=text)
+
+
 @pytest.mark.parametrize("values", [None, *VALUES], ids=["defaults", *(path.stem for path in VALUES)])
 def test_the_api_server_takes_all_objects(ready: ControlPlane, values: Path | None) -> None:
-    """Strict: a misspelt field is an error, and so is a policy that refuses the pods."""
-    objects = rendered(ready, *(["-f", str(values)] if values else []))
+    """Strict: a misspelt field is an error, and so is a policy that refuses the pods. Accounts come first, as helm has
+    it: a pod whose account is not there is refused."""
+    every = rendered(ready, *(["-f", str(values)] if values else []))
+    objects = [o for o in every if o["kind"] != "ServiceAccount"]
     text = "\n---\n".join(json.dumps(document) for document in objects)
-    done = ready.kubectl(
-        "create", "--dry-run=server", "--validate=strict", "-n", NAMESPACE, "-f", "-", input=text, check=False
-    )
+    with made(ready, [o for o in every if o["kind"] == "ServiceAccount"]):
+        done = ready.kubectl(
+            "create", "--dry-run=server", "--validate=strict", "-n", NAMESPACE, "-f", "-", input=text, check=False
+        )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == len(objects)
     assert "Warning" not in done.stderr, done.stderr
@@ -150,7 +164,7 @@ def test_hooks_run_when_they_shall_and_leave_nothing(plane: ControlPlane) -> Non
     every = [o["metadata"]["annotations"] for o in rendered(plane) if o["metadata"].get("annotations")]
     assert all(isinstance(value, str) for annotations in every for value in annotations.values())
     hooks = [a for a in every if "helm.sh/hook" in a]
-    assert {a["helm.sh/hook"] for a in hooks} == {"pre-install,pre-upgrade", "test"}
+    assert {a["helm.sh/hook"] for a in hooks} == {"pre-install,pre-upgrade", "test", "pre-delete"}
     assert {a["helm.sh/hook-delete-policy"] for a in hooks} == {"before-hook-creation,hook-succeeded"}
 
 

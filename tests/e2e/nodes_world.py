@@ -30,6 +30,8 @@ POOL = "10.77.0.96/28"
 ENGINE_SOCKET = "/run/midstream/engine.sock"
 TOLD_TO_STOP = "told to stop"
 CHART_PATIENCE_S = 240
+STATE = "/var/lib/midstream"  # of agents, on their nodes
+FAILPOINTS, FIRED = f"{STATE}/failpoints", f"{STATE}/fired"
 STRATEGY = {"rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}}
 
 
@@ -94,23 +96,65 @@ class World:
         place.wait_fip()
         return place
 
-    def helm(self, *args: str | Path) -> str:
+    def helm(self, *args: str | Path, check: bool = True) -> str:
+        """What it says; where it shall fail (`check`), what it says to that."""
         every = ("--namespace", SYSTEM, f"--timeout={CHART_PATIENCE_S}s")
-        return self.plane.run("helm", *args, *every, timeout_s=CHART_PATIENCE_S + 30).stdout
+        done = self.plane.run("helm", *args, *every, timeout_s=CHART_PATIENCE_S + 30, check=check)
+        assert check or done.returncode, f"helm {args} succeeded: {done.stdout}"
+        return done.stdout if check else done.stderr
 
     def values(self) -> Json:
         eth1 = self.nodes["node-a"].host.eth1
         return {
             "image": {"registry": "localhost", "tag": "test", "pullPolicy": "Never"},
             "pools": [{"name": "default", "provider": "l2", "cidrs": [POOL]}],
-            "agent": {"nic": eth1.name, "nicGatewayV4": eth1.gateway4, "nicGatewayV6": eth1.gateway6},
+            "agent": {
+                "nic": eth1.name,
+                "nicGatewayV4": eth1.gateway4,
+                "nicGatewayV6": eth1.gateway6,
+                "extraEnv": [
+                    {"name": "MIDSTREAM_FAILPOINT_FILE", "value": FAILPOINTS},
+                    {"name": "MIDSTREAM_FAILPOINT_LOG", "value": FIRED},
+                ],
+            },
             "webhook": {"enabled": True, "failurePolicy": "Fail"},
+            "uninstall": {"waitSeconds": 2},
         }
 
+    @contextmanager
+    def stopped_at(self, node: str, failpoint: str) -> Iterator[Callable[[], None]]:
+        """The node's agent waits at this failpoint when a job comes to it: what is called waits for that. It goes on
+        when the block ends, if it still lives."""
+        fired = len(self._fired(node))
+        self.arm(node, f"{failpoint}=wait")
+
+        def wait() -> None:
+            wait_for(failpoint, lambda: failpoint in self._fired(node)[fired:])
+
+        try:
+            yield wait
+        finally:
+            self.arm(node, "")
+
+    def arm(self, node: str, failpoints: str) -> None:
+        """In the node's running agent: taken up when it passes the next one."""
+        path = self._on_node(node, FAILPOINTS)
+        path.with_suffix(".tmp").write_text(failpoints, encoding="ascii")
+        path.with_suffix(".tmp").rename(path)
+
+    def _fired(self, node: str) -> list[str]:
+        path = self._on_node(node, FIRED)
+        return path.read_text(encoding="ascii").split() if path.exists() else []
+
+    def _on_node(self, node: str, path: str) -> Path:
+        return self.nodes[node].disk / path.lstrip("/")
+
     def kill(self, part: str, node: str = "") -> None:
-        """A pod of ours, without a word to it: the operator that leads, or the agent of a node."""
+        """A pod of ours, without a word to it: the operator that leads, or a node's agent. Dead when it returns."""
         name = self._agent(node) if part == "agent" else self.leader()
+        pod = self.plane.get("pod", "-n", SYSTEM, name)
         self.plane.kubectl("delete", "pod", "-n", SYSTEM, name, "--grace-period=0", "--force")
+        self.nodes[pod["spec"]["nodeName"]].wait_dead(pod)
 
     def leader(self) -> str:
         lease = self.plane.get("leases", "-n", SYSTEM, "midstream-operator")

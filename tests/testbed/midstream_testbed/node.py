@@ -178,6 +178,15 @@ class KubeNode:
         argv = ["ctr", "--address", SOCKET, "--namespace", "k8s.io", *args]
         return self.host.run(argv, timeout_s=timeout_s, check=check)
 
+    def wait_dead(self, pod: Mapping[str, Any]) -> None:
+        """Until no container of this pod runs: the API forgets a pod that is deleted by force before it is ended."""
+        ids = {status["containerID"].rpartition("/")[2] for status in pod["status"]["containerStatuses"]}
+
+        def ended() -> bool:
+            return not ids & set(self.ctr("tasks", "ls", "-q").stdout.split())
+
+        self._wait(f"the end of pod {pod['metadata']['name']}", ended, self.containerd)
+
     def wait_ready(self) -> None:
         def is_ready() -> bool:
             found: dict[str, Any] = self.plane.get("nodes", f"--field-selector=metadata.name={self.host.name}")
