@@ -143,7 +143,9 @@ async def take_up_sockets(job: SourceJob) -> None:
     _, handoff = job.live_pod()
     if job.journal.began("PAUSE"):
         job.fds = await fds_of(handoff, job.request.job_id)
-        job.keys = tcp.flow_keys(job.fds)
+        if not commit:
+            job.leave_out_ended()
+            job.keys = tcp.flow_keys(job.fds)
     if commit:
         job.keys = commit["keys"]
 

@@ -117,6 +117,14 @@ class SourceJob:
     def streams(self) -> int:
         return len(self.fds)
 
+    def leave_out_ended(self) -> None:
+        """Connections that ended while no agent watched have nothing to be held; the pod sees their end by itself."""
+        alive = tcp.connected(self.fds)
+        for fd, is_alive in zip(self.fds, alive, strict=True):
+            if not is_alive:
+                os.close(fd)
+        self.fds = [fd for fd, is_alive in zip(self.fds, alive, strict=True) if is_alive]
+
     def live_pod(self) -> tuple[Attached, HandoffClient]:
         if self.at is None or self.handoff is None:
             raise Final("job_state", "the job has no pod yet")

@@ -119,6 +119,7 @@ async def thaw(job: SourceJob) -> None:
         return
     if job.batch is None:
         # after a restart: how far an earlier process got is not known, its sockets may be live again
+        job.leave_out_ended()
         freeze(job)
         job.batch = tcp.Batch.checkpoint(job.fds)
     batch = job.batch

@@ -202,14 +202,24 @@ def probe(fds: Sequence[int]) -> list[int]:
 
 
 def flow_keys(fds: Sequence[int]) -> bytes:
-    """n struct ms_flow_key."""
-    count = len(fds)
-    handles, errors, keys = _ints(fds), array("i", bytes(4 * count)), bytearray(KEY_BYTES * count)
-    _check(_lib.ms_tcp_flow_keys(_at(handles), count, _at(keys), _at(errors)), "flow keys")
+    """n struct ms_flow_key. Final: a connection is not there any more."""
+    keys, errors = _flow_keys(fds)
     for i, error in enumerate(errors):
         if error:
             raise Final("tcp_flow_gone", f"socket {i} has no flow: {strerror(error)}")
-    return bytes(keys)
+    return keys
+
+
+def connected(fds: Sequence[int]) -> list[bool]:
+    """For each socket whether it has a flow still: a peer, that is."""
+    return [not error for error in _flow_keys(fds)[1]]
+
+
+def _flow_keys(fds: Sequence[int]) -> tuple[bytes, list[int]]:
+    count = len(fds)
+    handles, errors, keys = _ints(fds), array("i", bytes(4 * count)), bytearray(KEY_BYTES * count)
+    _check(_lib.ms_tcp_flow_keys(_at(handles), count, _at(keys), _at(errors)), "flow keys")
+    return bytes(keys), errors.tolist()
 
 
 def _at(buffer: array[int] | bytearray) -> int | Any:

@@ -87,6 +87,19 @@ def test_the_source_agent_killed_while_it_rolls_back_ends_that_when_it_starts_ag
     streams.unharmed()
 
 
+def test_a_client_that_resets_while_the_agent_is_away_takes_nobody_with_it(world: World, streams: Streams) -> None:
+    """Its socket is nobody's any more when the next agent asks the pod for those of the job."""
+    unread = {"kind": "down", "size": 8_000_000, "seconds": 30.0, "slow": "reader", "spread_s": 0.0}
+    doomed = world.clients(world.inside, 1, 7, address=V4, **unread)
+    world.wait_streams(V4, CLIENTS + 1)
+    time.sleep(0.3)  # something lies unread in it: its end is a RST and no FIN
+    job = kill_at(world, world.at, "source.PAUSE.undo.before", "source.MOVE_ADDRESS.do.after")
+    doomed.process.kill()
+    doomed.process.wait(20)
+    assert settle(world, job) == "RolledBack"
+    streams.unharmed()
+
+
 @pytest.mark.parametrize("where", TARGET_DO)
 def test_the_target_agent_killed_before_commit_leaves_the_streams_at_the_source(
     world: World, streams: Streams, where: str
