@@ -50,7 +50,13 @@ def run_of(api: ApiServer, **labels: str) -> tuple[Run, Pod]:
     parts = SimpleNamespace(settings=Settings(), kube=api, view=view)
     ctx = cast("Context", parts)
     obj: dict[str, Any] = {
-        "metadata": {"name": "j", "namespace": "default", "uid": "u", "labels": labels},
+        "metadata": {
+            "name": "j",
+            "namespace": "default",
+            "uid": "u",
+            "creationTimestamp": "2026-01-01T00:00:00Z",
+            "labels": labels,
+        },
         "spec": {"source": {"podName": "llm-0"}},
     }
     return Run(ctx, Jobs(ctx, FloatingIPs(ctx)), obj), source
