@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import mmap
 import os
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 
@@ -32,6 +33,7 @@ from midstream_runtime.contract.pool import (
     block_hash,
     checksum,
 )
+from midstream_runtime.device import pin, unpin
 
 _F_ADD_SEALS = 1033
 _SEAL_SEAL, _SEAL_SHRINK, _SEAL_GROW = 1, 2, 4
@@ -78,6 +80,15 @@ class KvPool:
             offset=layout.data_offset,
         )
         self._slots = data.view(layout.slots, layout.slot_elements)
+        self._unpin: weakref.finalize[[int], mmap.mmap] | None = None
+
+    def pin(self) -> bool:
+        """Register the slots with CUDA (`device.pin`) for as long as this process maps them: what is unmapped without
+        having been unregistered makes the next registration of the same addresses fail."""
+        if pin(self._slots):
+            self._unpin = weakref.finalize(self._map, unpin, self._slots.data_ptr())
+            self._unpin.atexit = False
+        return self._unpin is not None
 
     @property
     def free_slots(self) -> int:
@@ -184,7 +195,9 @@ class KvPool:
         self._write(slot, SlotState.OPEN, filled, _NO_HASH, checksum(self.view.slot(slot)))
 
     def close(self) -> None:
-        """The memory itself lives until the last view and fd are gone."""
+        """The memory itself lives until the last view and fd are gone. No copy to a device may be under way."""
+        if self._unpin is not None:
+            self._unpin()
         os.close(self.fd)
 
     def _take(self, count: int, state: SlotState) -> list[int]:

@@ -58,6 +58,8 @@ def test_the_engines_answer_goes_on_from_the_pool(torch: ModuleType, device: Any
     target.add_state("a", there)
     assert (begun + finish(target, "a") == wanted) == (not wiped)
     assert target.totals["prefill_tokens"] == 0, "nothing was computed again"
+    for core in source, target, whole:
+        core.pool.close()
 
 
 def pairs_of(cache: Any) -> list[tuple[Any, Any]]:
@@ -71,7 +73,7 @@ def pairs_of(cache: Any) -> list[tuple[Any, Any]]:
 
 @pytest.mark.parametrize("wiped", [False, True], ids=["moved", "wiped"])
 def test_the_kv_of_a_real_model_goes_through_the_pool(torch: ModuleType, device: Any, wiped: bool) -> None:
-    from midstream_runtime.device import Mover, pin, unpin
+    from midstream_runtime.device import Mover
     from midstream_runtime.pool import KvPool
 
     try:
@@ -89,7 +91,7 @@ def test_the_kv_of_a_real_model_goes_through_the_pool(torch: ModuleType, device:
         PROMPT_TOKENS // BLOCK + 1, BLOCK, 4, 4, 32, str(dtype).removeprefix("torch."), "real".ljust(32, "0")
     )
     pool = KvPool(layout)
-    pinned = pin(pool.rows()) if device.type == "cuda" else False
+    pool.pin()
     mover = Mover(pool.rows().view(layout.slots, -1), device)
     prompt = torch.arange(PROMPT_TOKENS, device=device)[None] * 37 % 1000
     with torch.no_grad():
@@ -108,8 +110,6 @@ def test_the_kv_of_a_real_model_goes_through_the_pool(torch: ModuleType, device:
         got = greedy(torch, model, token, cache_of(transformers, back, layout))
     assert len(set(wanted)) > 5, "the model must say different things"
     assert (got == wanted) == (not wiped)
-    if pinned:
-        unpin(pool.rows())
     pool.close()
 
 

@@ -9,7 +9,6 @@ import torch
 
 from midstream_runtime.contract.errors import Final
 from midstream_runtime.contract.pool import PoolLayout
-from midstream_runtime.device import pin
 from midstream_runtime.engine.builtin.core import CoreSettings, EngineCore
 from midstream_runtime.engine.builtin.model import PagedDecoder
 from midstream_runtime.engine.builtin.tokenizer import Tokenizer
@@ -57,7 +56,7 @@ def build(
     )
     pool = KvPool(layout, cached_slots=pool_slots // _CACHED_PART)
     if device != "cpu":
-        pin(pool.rows())
+        pool.pin()
     decoder = PagedDecoder(
         config, weights, layout, pool.rows(), lanes=max_running, device=device, mirror=mirror
     )
