@@ -56,6 +56,33 @@ def test_blocks_come_back_as_they_went(torch: ModuleType, device: Any, chunk_byt
     pool.close()
 
 
+@pytest.mark.parametrize("call", ["cuMemcpyBatchAsync_v2", "cuMemcpyBatchAsync", None])
+def test_each_way_of_asking_the_driver_copies(
+    torch: ModuleType, cuda: Any, monkeypatch: pytest.MonkeyPatch, call: str | None
+) -> None:
+    """A driver of CUDA 13 has them all; older ones lack the batches."""
+    from midstream_runtime import device as module
+    from midstream_runtime.pool import KvPool
+
+    if call and not hasattr(module.driver(), call):
+        pytest.skip(f"no {call} (probe: the driver's symbols)")
+    monkeypatch.setattr(module, "batch_call", lambda: call)
+    pool = KvPool(layout_of(512 << 10, 64))
+    assert pool.pin()
+    mover = mover_over(pool, cuda, chunk_bytes=200 << 10)
+    blocks = blocks_on(torch, cuda, 33, pool.layout.slot_elements)
+    slots, back = list(range(0, 64, 2)) + [63], torch.zeros_like(blocks)
+    mover.save(blocks, slots)
+    mover.wait()
+    assert torch.equal(pool.rows().view(64, -1)[slots], blocks.cpu())
+    mover.load(slots, back)
+    assert torch.equal(back, blocks)
+    mover.save(blocks[:1], [1])
+    mover.save(blocks[:0], [])
+    mover.wait()
+    pool.close()
+
+
 def test_a_copy_waits_for_the_work_before_it(torch: ModuleType, cuda: Any) -> None:
     """The model's stream is still busy with the block when the copy is asked for."""
     from midstream_runtime.pool import KvPool
