@@ -71,7 +71,7 @@ def test_each_way_of_asking_the_driver_copies(
     assert pool.pin()
     mover = mover_over(pool, cuda, chunk_bytes=200 << 10)
     blocks = blocks_on(torch, cuda, 33, pool.layout.slot_elements)
-    slots, back = list(range(0, 64, 2)) + [63], torch.zeros_like(blocks)
+    slots, back = [*range(0, 64, 2), 63], torch.zeros_like(blocks)
     mover.save(blocks, slots)
     mover.wait()
     assert torch.equal(pool.rows().view(64, -1)[slots], blocks.cpu())
