@@ -257,7 +257,8 @@ class EngineCore:
         self.pool.share(shared)
         usable, tokens, whole = self._usable(request, kv, set(shared))
         self.pool.release(named[len(usable) :])
-        self.decoder.load_slots([slot for slot in usable if slot in own])
+        unsealed = set(own)
+        self.decoder.load_slots([slot for slot in usable if slot in unsealed])
         request.slots, request.kv_length, request.kv_tokens_used = usable, tokens, tokens
         request.sealed, request.parent_hash = whole
         self.totals["kv_tokens_used"] += tokens
